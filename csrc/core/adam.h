@@ -1,0 +1,64 @@
+// Adam and AdamW for one element. Written once: the CPU loops and the CUDA kernels call these functions.
+//
+//   g = grad * grad_factor            unscaling, averaging and, with a minus sign, maximize
+//   w = w - lr*wd*w                   decoupled decay, before the moments as in torch; or g = g + wd*w (L2)
+//   m = m + (1-beta1)*(g - m)
+//   v = v + (1-beta2)*(g*g - v)
+//   w = w - lr/bc1 * m / (sqrt(v)/sqrt(bc2) + eps)
+#pragma once
+
+#include "platform.h"
+
+FS_NAMESPACE_BEGIN
+
+enum StepFlags : int32_t {
+  kSkip = 1,              // found_inf: change nothing
+  kDecoupledDecay = 2,    // w -= decay * w
+  kL2Decay = 4,           // g += decay * w
+  kFirstFromGrad = 8,     // beta1 < 0.5: see moving_average
+  kSecondFromGrad = 16,   // beta2 < 0.5
+};
+
+// Everything about the step that one tensor's elements share; computed once in double, rounded once to T.
+template <class T>
+struct StepScalars {
+  T grad_factor;
+  T decay;             // lr * weight_decay if decoupled, weight_decay if L2
+  T first_rate;        // 1 - beta1, or -beta1 with kFirstFromGrad
+  T second_rate;       // 1 - beta2, or -beta2 with kSecondFromGrad
+  T step_size;         // lr / (1 - beta1^t)
+  T inv_sqrt_bias2;    // 1 / sqrt(1 - beta2^t)
+  T eps;
+  int32_t flags;
+};
+
+// A moving average written as the distance to go, because 1 - beta keeps all its digits where beta as a
+// float does not: with beta2 = 0.999 the customary beta*v + (1-beta)*g*g is off by 1.3e-5 after a thousand
+// steps, this by a few ulp. For beta < 0.5 the average is nearer to the new value than to the old one, and
+// starting there keeps a large old value from swallowing a small new one (beta = 0 gives the new value).
+template <class T>
+FS_HD T moving_average(T old_value, T new_value, T distance, T rate, bool from_new) {
+  return multiply_add(rate, distance, from_new ? new_value : old_value);
+}
+
+// kAmsgrad: the denominator uses the largest second moment seen so far.
+template <bool kAmsgrad, class T>
+FS_HD void adam_update(T& weight, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq, T grad,
+                       const StepScalars<T>& s) {
+  T g = grad * s.grad_factor;
+  g = (s.flags & kL2Decay) ? multiply_add(s.decay, weight, g) : g;
+  const T w = (s.flags & kDecoupledDecay) ? multiply_add(-s.decay, weight, weight) : weight;
+
+  exp_avg = moving_average(exp_avg, g, g - exp_avg, s.first_rate, (s.flags & kFirstFromGrad) != 0);
+  exp_avg_sq = moving_average(exp_avg_sq, g * g, multiply_add(g, g, -exp_avg_sq), s.second_rate,
+                              (s.flags & kSecondFromGrad) != 0);
+  T second = exp_avg_sq;
+  if (kAmsgrad) {
+    max_exp_avg_sq = second <= max_exp_avg_sq ? max_exp_avg_sq : second;
+    second = max_exp_avg_sq;
+  }
+  const T denominator = multiply_add(square_root(second), s.inv_sqrt_bias2, s.eps);
+  weight = multiply_add(-s.step_size, exp_avg / denominator, w);
+}
+
+FS_NAMESPACE_END
