@@ -1,0 +1,213 @@
+// The Python module over step.h, compiled once per backend (FS_MODULE is _cpu, _cuda or a test's name).
+// Tensors are checked in Python; what arrives here are addresses and sizes. The tables of the core are
+// exported by walking them, so that Python holds no second list of tags or field offsets.
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "step.h"
+
+// 1 when FS_MODULE is _cpu.
+#define FS_IS__cpu 1
+#define FS_CONCATENATE(a, b) a##b
+#define FS_MODULE_IS(prefix, module) FS_CONCATENATE(prefix, module)
+#if FS_MODULE_IS(FS_IS_, FS_MODULE)
+#define FS_CPU_MODULE 1
+#include "cpu/isa.h"
+#endif
+
+namespace py = pybind11;
+using namespace fused_sched;
+
+namespace {
+
+// NumPy's name for a field's type.
+template <class T>
+std::string dtype_of() {
+  const char kind = std::is_floating_point<T>::value ? 'f' : std::is_signed<T>::value ? 'i' : 'u';
+  return std::string("<") + kind + std::to_string(sizeof(T));
+}
+
+#define FS_FIELD(Type, field) \
+  py::make_tuple(#field, dtype_of<decltype(Type::field)>(), static_cast<int>(offsetof(Type, field)))
+
+py::tuple layout(size_t itemsize, py::list fields) { return py::make_tuple(static_cast<int>(itemsize), fields); }
+
+py::list hyperparameter_fields(const char* name, size_t offset) {
+  py::list fields;
+  for (py::handle item : py::list(py::make_tuple(
+           FS_FIELD(Hyperparameter, scale), FS_FIELD(Hyperparameter, program_offset),
+           FS_FIELD(Hyperparameter, tensor), FS_FIELD(Hyperparameter, tensor_format)))) {
+    const py::tuple field = py::reinterpret_borrow<py::tuple>(item);
+    fields.append(py::make_tuple(std::string(name) + "." + field[0].cast<std::string>(), field[1],
+                                 field[2].cast<int>() + static_cast<int>(offset)));
+  }
+  return fields;
+}
+
+// struct name -> (itemsize, [(field, NumPy dtype, offset)])
+py::dict layouts() {
+  py::dict all;
+  py::list tensor;
+  tensor.append(FS_FIELD(fs_tensor, param));
+  tensor.append(FS_FIELD(fs_tensor, grad));
+  tensor.append(FS_FIELD(fs_tensor, step));
+  tensor.append(FS_FIELD(fs_tensor, numel));
+  tensor.append(FS_FIELD(fs_tensor, state_offset));
+  tensor.append(FS_FIELD(fs_tensor, arena));
+  tensor.append(FS_FIELD(fs_tensor, group));
+  tensor.append(FS_FIELD(fs_tensor, param_format));
+  tensor.append(FS_FIELD(fs_tensor, grad_format));
+  tensor.append(FS_FIELD(fs_tensor, master));
+  tensor.append(FS_FIELD(fs_tensor, moments));
+  tensor.append(FS_FIELD(fs_tensor, amsgrad));
+  all["tensor"] = layout(sizeof(fs_tensor), tensor);
+
+  py::list clock;
+  clock.append(FS_FIELD(Clock, step));
+  clock.append(FS_FIELD(Clock, tick_pending));
+  clock.append(FS_FIELD(Clock, skipped));
+  all["clock"] = layout(sizeof(Clock), clock);
+
+  py::list record;
+  record.append(FS_FIELD(StepRecord, count));
+  record.append(FS_FIELD(StepRecord, mirror));
+  all["step_record"] = layout(sizeof(StepRecord), record);
+
+  py::list group;
+  group += hyperparameter_fields("lr", offsetof(GroupRecord, lr));
+  group += hyperparameter_fields("beta1", offsetof(GroupRecord, beta1));
+  group += hyperparameter_fields("beta2", offsetof(GroupRecord, beta2));
+  group += hyperparameter_fields("weight_decay", offsetof(GroupRecord, weight_decay));
+  group.append(FS_FIELD(GroupRecord, eps));
+  group.append(FS_FIELD(GroupRecord, grad_divisor));
+  group.append(FS_FIELD(GroupRecord, flags));
+  all["group"] = layout(sizeof(GroupRecord), group);
+
+  py::list values;
+  values.append(FS_FIELD(GroupValues, lr));
+  values.append(FS_FIELD(GroupValues, beta1));
+  values.append(FS_FIELD(GroupValues, beta2));
+  values.append(FS_FIELD(GroupValues, weight_decay));
+  all["values"] = layout(sizeof(GroupValues), values);
+
+  all["arena"] = layout(sizeof(fs_arena), py::list());
+  all["scalars"] = layout(sizeof(ScalarSlot), py::list());
+  return all;
+}
+
+template <class Work>
+void run(Work work) {
+  char error[kErrorSize] = "unknown error";
+  int status;
+  {
+    py::gil_scoped_release release;
+    status = work(error);
+  }
+  if (status != 0) throw std::runtime_error(std::string("fused_sched: ") + error);
+}
+
+// float64 steps in, float64 values out; addresses of count contiguous elements.
+void evaluate_program(const py::bytes& program, uint64_t steps, uint64_t values, int64_t count) {
+  char* bytes;
+  Py_ssize_t size;
+  if (PyBytes_AsStringAndSize(program.ptr(), &bytes, &size) != 0) throw py::error_already_set();
+  if (const char* problem = validate_program(reinterpret_cast<const unsigned char*>(bytes), size)) {
+    throw py::value_error(std::string("invalid schedule program: ") + problem);
+  }
+  const double* in = reinterpret_cast<const double*>(steps);
+  double* out = reinterpret_cast<double*>(values);
+  py::gil_scoped_release release;
+  for (int64_t i = 0; i < count; ++i) out[i] = evaluate(reinterpret_cast<const unsigned char*>(bytes), in[i]);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(FS_MODULE, module) {
+  module.doc() = "fused_sched's compiled backend: see csrc/step.h for what the fields of a Call mean.";
+
+  // Addresses and counts as Python integers.
+#define FS_ADDRESS(field)                                                        \
+  def_property(                                                                  \
+      #field, [](const fs_call& call) { return reinterpret_cast<uint64_t>(call.field); }, \
+      [](fs_call& call, uint64_t address) { call.field = reinterpret_cast<decltype(call.field)>(address); })
+  py::class_<fs_call>(module, "Call", py::module_local())
+      .def(py::init([] { return new fs_call{}; }))
+      .FS_ADDRESS(tensors)
+      .FS_ADDRESS(arenas)
+      .FS_ADDRESS(clock)
+      .FS_ADDRESS(groups)
+      .FS_ADDRESS(values)
+      .FS_ADDRESS(programs)
+      .FS_ADDRESS(scalars)
+      .FS_ADDRESS(found_inf)
+      .FS_ADDRESS(grad_scale)
+      .def_readwrite("num_tensors", &fs_call::num_tensors)
+      .def_readwrite("num_arenas", &fs_call::num_arenas)
+      .def_readwrite("num_groups", &fs_call::num_groups)
+      .def_readwrite("tick", &fs_call::tick)
+      .def_readwrite("device", &fs_call::device)
+      .def_readwrite("stream", &fs_call::stream)
+      .def_readwrite("num_threads", &fs_call::num_threads)
+      .def_readwrite("launches", &fs_call::launches);
+#undef FS_ADDRESS
+
+  module.def("clock", [](fs_call& call) { run([&](char* error) { return fs_clock(&call, error); }); });
+  module.def("update", [](fs_call& call) { run([&](char* error) { return fs_update(&call, error); }); });
+  module.def("step", [](fs_call& call) {
+    call.launches = 0;
+    run([&](char* error) {
+      const int status = fs_clock(&call, error);
+      return status != 0 ? status : fs_update(&call, error);
+    });
+  });
+  module.def("device_count", [] {
+    int count = 0;
+    run([&](char* error) { return fs_device_count(&count, error); });
+    return count;
+  });
+  module.def("evaluate", &evaluate_program, py::arg("program"), py::arg("steps"), py::arg("values"),
+             py::arg("count"));
+
+#define FS_EXPORT(identifier, tag, name, ...) table[name] = tag;
+  py::dict table;
+  FS_FORMATS(FS_EXPORT)
+  module.attr("FORMATS") = table;
+  table = py::dict();
+  FS_MASTERS(FS_EXPORT)
+  module.attr("MASTERS") = table;
+  table = py::dict();
+  FS_MOMENTS(FS_EXPORT)
+  module.attr("MOMENTS") = table;
+  table = py::dict();
+  FS_CURVES(FS_EXPORT)
+  module.attr("CURVES") = table;
+  table = py::dict();
+  FS_NODE_KINDS(FS_EXPORT)
+  module.attr("NODE_KINDS") = table;
+#undef FS_EXPORT
+  module.attr("LAYOUTS") = layouts();
+  module.attr("PADDING") = static_cast<int>(kPadding);
+  module.attr("SLOTS") = py::make_tuple("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master");
+  module.attr("GROUP_FLAGS") =
+      py::dict(py::arg("decoupled") = static_cast<int>(kGroupDecoupled), py::arg("maximize") = static_cast<int>(kGroupMaximize));
+
+#if defined(FS_CPU_MODULE)
+  module.def("instruction_sets", [] {
+    py::list sets;
+    for (int i = 0; i < kNumInstructionSets; ++i) {
+      sets.append(py::make_tuple(kInstructionSets[i].name, kInstructionSets[i].supported()));
+    }
+    return sets;
+  });
+  module.def("instruction_set", [] { return instruction_set().name; });
+  module.def("set_instruction_set", [](const std::string& name) {
+    if (!set_instruction_set(name.c_str())) {
+      throw py::value_error("instruction set must be one that instruction_sets() lists as supported, got " + name);
+    }
+  });
+#endif
+}

@@ -1,0 +1,135 @@
+// The CPU backend of step.h.
+#include "../step.h"
+
+#include <fenv.h>
+#include <stdio.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "isa.h"
+#include "parallel.h"
+
+using namespace fused_sched;
+
+namespace {
+
+// torch.set_flush_denormal(True) changes the caller's floating-point environment, which threads inherit or
+// not; subnormals count here whatever it says, on every thread alike.
+class DefaultFloatEnvironment {
+ public:
+  DefaultFloatEnvironment() {
+    fegetenv(&saved_);
+    fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultFloatEnvironment() { fesetenv(&saved_); }
+  DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
+  DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
+
+ private:
+  fenv_t saved_;
+};
+
+// Elements per unit of parallel work: large enough that the counter the threads share costs nothing (128 KB of
+// fp32 parameters take about 30 us), small enough to balance a model of many small tensors.
+constexpr int64_t kRunLength = 32768;
+
+constexpr int64_t bytes_per_element(int32_t format) {
+  return format == kFloat64 ? 8 : format == kFloat32 ? 4 : 2;
+}
+
+template <class Pointer>
+Pointer address(uint64_t base, int64_t bytes) {
+  return base == 0 ? nullptr : reinterpret_cast<Pointer>(base + static_cast<uint64_t>(bytes));
+}
+
+fs_run make_run(const fs_call& call, int64_t index, int64_t first, int64_t count) {
+  const fs_tensor& tensor = call.tensors[index];
+  const fs_arena& arena = call.arenas[tensor.arena];
+  const int64_t state_bytes = tensor.param_format == kFloat64 ? 8 : 4;
+  const int64_t state = (tensor.state_offset + first) * state_bytes;
+  fs_run run;
+  run.param = address<void*>(tensor.param, first * bytes_per_element(tensor.param_format));
+  run.grad = address<const void*>(tensor.grad, first * bytes_per_element(tensor.grad_format));
+  run.exp_avg = address<void*>(arena.slot[kExpAvg], state);
+  run.exp_avg_sq = address<void*>(arena.slot[kExpAvgSq], state);
+  run.max_exp_avg_sq = tensor.amsgrad ? address<void*>(arena.slot[kMaxExpAvgSq], state) : nullptr;
+  run.master = tensor.master == kMasterFloat32 ? address<float*>(arena.slot[kMasterWeight], state) : nullptr;
+  run.scalars = &call.scalars[index];
+  run.count = count;
+  run.param_format = tensor.param_format;
+  run.grad_format = tensor.grad_format;
+  return run;
+}
+
+void advance_tensor(const fs_call& call, int64_t index, double grad_scale) {
+  const fs_tensor& tensor = call.tensors[index];
+  ScalarSlot& slot = call.scalars[index];
+  const bool wide = tensor.param_format == kFloat64;
+  if (call.clock->skipped) {
+    if (wide) {
+      slot.f64 = skipped_scalars<double>();
+    } else {
+      slot.f32 = skipped_scalars<float>();
+    }
+    return;
+  }
+  StepRecord& record = *reinterpret_cast<StepRecord*>(tensor.step);
+  const int64_t step = advance_step(record);
+  // Most tensors share group and step with the one before: its scalars, and two powers, are theirs.
+  if (index > 0 && call.tensors[index - 1].group == tensor.group &&
+      (call.tensors[index - 1].param_format == kFloat64) == wide &&
+      reinterpret_cast<const StepRecord*>(call.tensors[index - 1].step)->count == step) {
+    slot = call.scalars[index - 1];
+    return;
+  }
+  const GroupRecord& group = call.groups[tensor.group];
+  const GroupValues& values = call.values[tensor.group];
+  if (wide) {
+    slot.f64 = step_scalars<double>(group, values, step, grad_scale);
+  } else {
+    slot.f32 = step_scalars<float>(group, values, step, grad_scale);
+  }
+}
+
+}  // namespace
+
+int fs_clock(fs_call* call, char*) {
+  const DefaultFloatEnvironment environment;
+  advance_clock(*call->clock, call->tick != 0, call->found_inf);
+  if (!call->clock->skipped) {
+    for (int64_t i = 0; i < call->num_groups; ++i) {
+      call->values[i] = group_values(call->groups[i], call->programs, call->clock->step);
+    }
+  }
+  const double grad_scale = call->grad_scale != nullptr ? static_cast<double>(*call->grad_scale) : 1.0;
+  for (int64_t i = 0; i < call->num_tensors; ++i) advance_tensor(*call, i, grad_scale);
+  call->launches += 1;
+  return 0;
+}
+
+int fs_update(fs_call* call, char*) {
+  if (call->clock->skipped) return 0;
+  std::vector<int64_t> run_end(static_cast<size_t>(call->num_tensors));  // running number of runs per tensor
+  int64_t num_runs = 0;
+  for (int64_t i = 0; i < call->num_tensors; ++i) {
+    num_runs += (call->tensors[i].numel + kRunLength - 1) / kRunLength;
+    run_end[static_cast<size_t>(i)] = num_runs;
+  }
+  const fs_update_run update_run = instruction_set().update_run;
+  parallel_for(num_runs, call->num_threads, [&](int64_t run_index) {
+    const DefaultFloatEnvironment environment;
+    const int64_t index = std::upper_bound(run_end.begin(), run_end.end(), run_index) - run_end.begin();
+    const int64_t before = index > 0 ? run_end[static_cast<size_t>(index - 1)] : 0;
+    const int64_t first = (run_index - before) * kRunLength;
+    const fs_run run = make_run(*call, index, first, std::min(kRunLength, call->tensors[index].numel - first));
+    update_run(&run);
+  });
+  call->launches += 1;
+  return 0;
+}
+
+int fs_device_count(int* count, char*) {
+  *count = 1;
+  return 0;
+}

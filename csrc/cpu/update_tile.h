@@ -1,0 +1,29 @@
+// The seam between the CPU dispatcher and the loops, which are compiled once per instruction set. Plain data
+// only: a type of the core has another name in each of those builds.
+#pragma once
+
+#include <stdint.h>
+
+extern "C" {
+
+// A run of consecutive elements of one tensor. Addresses are those of the run's first element; state that a
+// tensor does not have is null.
+struct fs_run {
+  void* param;
+  const void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;
+  float* master;
+  const void* scalars;  // StepScalars of the type the parameter computes in
+  int64_t count;
+  int32_t param_format;
+  int32_t grad_format;
+};
+
+typedef void (*fs_update_run)(const struct fs_run* run);
+
+void fs_update_run_avx512(const struct fs_run* run);
+void fs_update_run_avx2(const struct fs_run* run);
+void fs_update_run_baseline(const struct fs_run* run);
+}
