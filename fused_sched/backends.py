@@ -1,0 +1,117 @@
+"""Which backends this installation has, and which one serves a device."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from . import precision, state
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run the step: compiled code for one type of device, or plain torch (`module` is None)."""
+
+    name: str
+    module: ModuleType | None
+    device_type: str | None  # None: any
+    #: Whether fp64 and narrower formats may meet in one tensor's parameter and gradient.
+    mixes_fp64: bool = True
+
+    def serves(self, device: torch.device) -> bool:
+        return self.device_type is None or device.type == self.device_type
+
+
+REFERENCE = Backend("reference", None, None)
+
+_registered: dict[str, Backend] = {}
+_unavailable: dict[str, str] = {}
+
+
+def register(name: str, module: ModuleType, device_type: str = "cpu", mixes_fp64: bool = False) -> None:
+    """Add a backend by its compiled module; its tables must agree with this package's names."""
+    _check_tables(name, module)
+    _registered[name] = Backend(name, module, device_type, mixes_fp64)
+
+
+def available(name: str) -> tuple[bool, str]:
+    """Whether a backend can be used here, and why not."""
+    if name == "reference":
+        return True, "plain torch operations"
+    if name not in _registered:
+        return False, _unavailable.get(name, "not built")
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            return False, "torch sees no CUDA device"
+        module = _registered[name].module
+        assert module is not None
+        try:
+            module.device_count()
+        except RuntimeError as error:
+            return False, str(error)
+    return True, "built"
+
+
+def select(name: str, device: torch.device) -> Backend:
+    """The backend that runs parameters on this device.
+
+    Raises ValueError for an unknown name, RuntimeError if the named backend is missing or serves other devices.
+    """
+    if name == "auto":
+        for candidate in ("cpu", "cuda"):
+            backend = _registered.get(candidate)
+            if backend is not None and backend.serves(device) and available(candidate)[0]:
+                return backend
+        return REFERENCE
+    check_name(name)
+    usable, reason = available(name)
+    if not usable:
+        raise RuntimeError(f"backend={name!r} cannot be used here: {reason}; use backend='auto'")
+    backend = REFERENCE if name == "reference" else _registered[name]
+    if not backend.serves(device):
+        raise RuntimeError(
+            f"backend={name!r} serves {backend.device_type} parameters, got one on {device}; use backend='auto'"
+        )
+    return backend
+
+
+def check_name(name: object) -> None:
+    """Raise ValueError unless this is the name of a backend, built or not."""
+    known = ("auto", "cuda", "cpu", "reference", *(n for n in _registered if n not in ("cuda", "cpu")))
+    if name not in known:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, known))}, got {name!r}")
+
+
+def _check_tables(name: str, module: ModuleType) -> None:
+    expected = {
+        "FORMATS": set(precision.FORMATS.values()),
+        "MASTERS": set(precision.MASTERS),
+        "MOMENTS": set(precision.MOMENTS),
+    }
+    for table, names in expected.items():
+        built = set(getattr(module, table))
+        if built != names:
+            raise ImportError(
+                f"fused_sched backend {name!r} and this package disagree on {table}: built {sorted(built)}, "
+                f"expected {sorted(names)}; rebuild the package"
+            )
+    if tuple(module.SLOTS) != state.SLOTS or module.PADDING != state.PADDING:
+        raise ImportError(f"fused_sched backend {name!r} has another layout of state; rebuild the package")
+
+
+def _load() -> None:
+    for name, device_type in (("cpu", "cpu"), ("cuda", "cuda")):
+        try:
+            module = importlib.import_module(f"fused_sched._{name}")
+        except ModuleNotFoundError:
+            _unavailable[name] = "not built"
+        except ImportError as error:
+            _unavailable[name] = str(error)
+        else:
+            register(name, module, device_type, mixes_fp64=name == "cpu")
+
+
+_load()

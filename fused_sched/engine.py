@@ -1,0 +1,207 @@
+"""One device's part of the optimizer: its clock, its groups' settings, and the calls into compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from . import packing, precision
+from .backends import Backend
+from .hyperparameters import SCHEDULABLE, GroupSettings, Source
+from .packing import Plan, Work
+
+
+class Engine(Protocol):
+    """What the optimizer asks of a device, compiled or not."""
+
+    device: torch.device
+    backend: Backend
+
+    def push(self, settings: Sequence[GroupSettings], lr_tensors: Sequence[torch.Tensor | None]) -> None:
+        """Make these settings the device's."""
+
+    def prepare(self, works: Sequence[Work]) -> None:
+        """Check and lay out a call's tensors; raises before anything has changed."""
+
+    def step(
+        self, tick: bool, found_inf: torch.Tensor | None = None, grad_scale: torch.Tensor | None = None
+    ) -> None:
+        """Apply the prepared call."""
+
+    def read_clock(self) -> int:
+        """Updates applied so far; waits for the device."""
+
+    def write_clock(self, step: int) -> None:
+        """Set T."""
+
+    @property
+    def lr_tensor(self) -> torch.Tensor:
+        """The rates just used, float64 [n_groups], on the device."""
+
+
+class CompiledEngine:
+    """Runs the clock and the update of `csrc/step.h` on one device."""
+
+    def __init__(self, backend: Backend, device: torch.device) -> None:
+        assert backend.module is not None
+        self.backend = backend
+        self.device = device
+        self._module = backend.module
+        self._call = self._module.Call()
+        self._call.device = device.index or 0
+        layouts = {name: packing.layout_dtype(self._module, name) for name in ("clock", "group", "values", "scalars")}
+        self._group_dtype = layouts["group"]
+        self._scalar_bytes = layouts["scalars"].itemsize
+        self._clock = torch.zeros(layouts["clock"].itemsize // 8, dtype=torch.int64, device=device)
+        self._call.clock = self._clock.data_ptr()
+        self._values = torch.zeros(0, layouts["values"].itemsize // 8, dtype=torch.float64, device=device)
+        self._groups = torch.zeros(0, dtype=torch.uint8, device=device)
+        self._programs = torch.zeros(0, dtype=torch.uint8, device=device)
+        self._scalars = torch.zeros(0, dtype=torch.uint8, device=device)
+        self._pushed: list[GroupSettings] = []
+        self._lr_copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (device buffer, the user's tensor elsewhere)
+        self._lr_tensors: list[torch.Tensor | None] = []
+        self._plan: Plan | None = None
+        self._works: list[Work] = []
+        self._inputs: list[torch.Tensor] = []
+
+    # -- settings ------------------------------------------------------------------------------------------
+
+    def push(self, settings: Sequence[GroupSettings], lr_tensors: Sequence[torch.Tensor | None]) -> None:
+        for buffer, tensor in self._lr_copies:
+            buffer.copy_(tensor.reshape(()), non_blocking=True)
+        if list(settings) == self._pushed:
+            return
+        self._lr_tensors = list(lr_tensors)
+        self._lr_copies = []
+        programs = bytearray()
+        offsets: dict[bytes, int] = {}
+        records = np.zeros(len(settings), self._group_dtype)
+        for index, group in enumerate(settings):
+            record = records[index]
+            for name in SCHEDULABLE:
+                self._pack_source(record, name, getattr(group, name), lr_tensors[index], programs, offsets)
+            record["eps"] = group.eps
+            record["grad_divisor"] = group.grad_divisor
+            flags = self._module.GROUP_FLAGS
+            record["flags"] = flags["decoupled"] * group.decoupled | flags["maximize"] * group.maximize
+        if self._values.shape[0] < len(settings):
+            old = self._values
+            self._values = torch.zeros(len(settings), old.shape[1], dtype=torch.float64, device=self.device)
+            self._values[: old.shape[0]].copy_(old)
+        self._groups = self._upload(self._groups, records.tobytes())
+        self._programs = self._upload(self._programs, bytes(programs))
+        self._call.groups = self._groups.data_ptr()
+        self._call.programs = self._programs.data_ptr()
+        self._call.values = self._values.data_ptr()
+        self._call.num_groups = len(settings)
+        self._pushed = list(settings)
+
+    def _pack_source(
+        self,
+        record: np.void,
+        name: str,
+        source: Source,
+        lr_tensor: torch.Tensor | None,
+        programs: bytearray,
+        offsets: dict[bytes, int],
+    ) -> None:
+        record[f"{name}.scale"] = source.scale
+        record[f"{name}.program_offset"] = -1
+        if source.schedule is not None:
+            program = source.schedule.program
+            if program not in offsets:
+                offsets[program] = len(programs)
+                programs += program
+            record[f"{name}.program_offset"] = offsets[program]
+        elif source.tensor_dtype is not None:
+            assert lr_tensor is not None
+            tensor = self._on_device(lr_tensor)
+            record[f"{name}.tensor"] = tensor.data_ptr()
+            record[f"{name}.tensor_format"] = self._module.FORMATS[precision.FORMATS[tensor.dtype]]
+
+    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device == self.device:
+            return tensor
+        buffer = torch.empty((), dtype=tensor.dtype, device=self.device)
+        buffer.copy_(tensor.reshape(()), non_blocking=True)
+        self._lr_copies.append((buffer, tensor))
+        return buffer
+
+    def _upload(self, buffer: torch.Tensor, content: bytes) -> torch.Tensor:
+        """Write in place where it fits, so that a captured graph sees the new content."""
+        if buffer.numel() < len(content) or buffer.numel() == 0:
+            buffer = torch.zeros(max(4096, 2 * len(content)), dtype=torch.uint8, device=self.device)
+        if content:
+            host = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            if self.device.type == "cuda":
+                host = host.pin_memory()
+            buffer[: len(content)].copy_(host, non_blocking=True)
+        return buffer
+
+    # -- the call ------------------------------------------------------------------------------------------
+
+    def prepare(self, works: Sequence[Work]) -> None:
+        plan = self._plan
+        reusable = plan is not None and len(plan.works) == len(works) and all(
+            a.param is b.param and a.entry is b.entry and a.group == b.group
+            for a, b in zip(plan.works, works, strict=True)
+        )
+        grads = [w.grad for w in works]
+        if not reusable or plan is None or not plan.bind(grads):
+            for w in works:
+                packing.check_work(w.param, w.grad)
+            plan = Plan(works, self.backend)
+            plan.bind(grads)
+            self._plan = plan
+        self._call.tensors = plan.rows.ctypes.data
+        self._call.num_tensors = len(plan.rows)
+        self._call.arenas = plan.arenas.ctypes.data
+        self._call.num_arenas = len(plan.arenas)
+        if self._scalars.numel() < len(works) * self._scalar_bytes:
+            self._scalars = torch.zeros(
+                2 * len(works) * self._scalar_bytes, dtype=torch.uint8, device=self.device
+            )
+            self._call.scalars = self._scalars.data_ptr()
+
+    def step(
+        self, tick: bool, found_inf: torch.Tensor | None = None, grad_scale: torch.Tensor | None = None
+    ) -> None:
+        self._inputs = []
+        self._call.found_inf = self._address_of(found_inf)
+        self._call.grad_scale = self._address_of(grad_scale)
+        self._call.tick = int(tick)
+        self._call.num_threads = torch.get_num_threads()
+        if self.device.type == "cuda":
+            self._call.stream = torch.cuda.current_stream(self.device).cuda_stream
+        self._module.step(self._call)
+        if self._plan is not None:
+            self._plan.finish()
+
+    def _address_of(self, scalar: torch.Tensor | None) -> int:
+        if scalar is None:
+            return 0
+        scalar = scalar.detach().to(device=self.device, dtype=torch.float32, non_blocking=True)
+        self._inputs.append(scalar)  # alive until the next call
+        return scalar.data_ptr()
+
+    @property
+    def launches(self) -> int:
+        """Kernels or parallel loops the latest step started."""
+        return int(self._call.launches)
+
+    # -- clock ---------------------------------------------------------------------------------------------
+
+    def read_clock(self) -> int:
+        return int(self._clock[0].item())
+
+    def write_clock(self, step: int) -> None:
+        self._clock.zero_()
+        self._clock[0].fill_(step)
+
+    @property
+    def lr_tensor(self) -> torch.Tensor:
+        return self._values[:, 0]

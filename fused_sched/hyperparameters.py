@@ -1,0 +1,191 @@
+"""From a group's options to what the device evaluates: numbers, device tensors and schedule programs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from . import precision
+from .schedules import Schedule
+
+#: Hyperparameters that a Schedule may drive.
+SCHEDULABLE = ("lr", "beta1", "beta2", "weight_decay")
+
+#: Scheduled ones whose group option may be scaled by others (`group["lr"] *= 0.5`, a dry run's 0): their
+#: group also keeps what the option was when the schedule was set.
+_WITH_REFERENCE = ("lr", "weight_decay")
+
+#: Updates at which a beta schedule is probed when constructed: densely where schedules usually have their
+#: phases, then ever more sparsely.
+_PROBES = [*range(0, 2048), *(2**k + j for k in range(11, 41) for j in (-1, 0, 1))]
+
+#: Options of torch's Adam that this optimizer has no use for, and what to do instead.
+TORCH_ONLY = {
+    "fused": "the update is always fused",
+    "foreach": "all tensors share one launch",
+    "capturable": "step() can always be captured in a CUDA graph",
+    "differentiable": "use torch.optim.AdamW(differentiable=True) to differentiate through the update",
+}
+
+
+class Source(NamedTuple):
+    """Where a hyperparameter's value comes from: scale, times a device tensor or a schedule where one is set."""
+
+    scale: float
+    schedule: Schedule | None = None
+    tensor_address: int = 0
+    tensor_dtype: torch.dtype | None = None
+
+
+class GroupSettings(NamedTuple):
+    """Everything the device knows about one group; equal settings need no upload."""
+
+    lr: Source
+    beta1: Source
+    beta2: Source
+    weight_decay: Source
+    eps: float
+    grad_divisor: float
+    decoupled: bool
+    maximize: bool
+
+
+def split_options(options: dict[str, Any]) -> dict[str, Schedule]:
+    """Replace the Schedules among a group's options by their reference values, and return them by name.
+
+    `lr_reference` and `weight_decay_reference` are set beside the options that others may scale.
+    """
+    for name, remedy in TORCH_ONLY.items():
+        if options.get(name):
+            raise TypeError(f"FusedScheduledAdam takes no {name!r} option: {remedy}; remove it")
+        options.pop(name, None)
+    schedules: dict[str, Schedule] = {}
+    betas = options["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers or Schedules, got {betas!r}")
+    values = {"lr": options["lr"], "beta1": betas[0], "beta2": betas[1], "weight_decay": options["weight_decay"]}
+    for name, value in values.items():
+        if isinstance(value, Schedule):
+            check_schedule(name, value)
+            schedules[name] = value
+            values[name] = value.reference
+    options["lr"] = values["lr"]
+    options["betas"] = (values["beta1"], values["beta2"])
+    options["weight_decay"] = values["weight_decay"]
+    for name in _WITH_REFERENCE:
+        options[f"{name}_reference"] = None if isinstance(values[name], torch.Tensor) else values[name]
+    return schedules
+
+
+def check_schedule(name: str, schedule: Schedule) -> None:
+    """Raise if a schedule cannot drive this hyperparameter."""
+    if name not in ("beta1", "beta2"):
+        return
+    for step in _PROBES:
+        value = schedule(step)
+        if not 0.0 <= value < 1.0:
+            raise ValueError(
+                f"a schedule for {name} must stay in [0, 1), got {value!r} at update {step}; "
+                "clamp the curve or end the phase before"
+            )
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise if a group's plain options are unusable, saying what, got, rule and remedy."""
+    lr = options["lr"]
+    if isinstance(lr, torch.Tensor):
+        if lr.numel() != 1 or lr.dtype not in precision.FORMATS:
+            raise ValueError(
+                "a tensor lr must have one element of float32, bfloat16, float16 or float64, "
+                f"got shape {tuple(lr.shape)} of {lr.dtype}"
+            )
+    else:
+        _check_number("lr", lr, 0.0, math.inf)
+    for index, beta in enumerate(options["betas"], start=1):
+        _check_number(f"beta{index}", beta, 0.0, 1.0)
+    _check_number("eps", options["eps"], 0.0, math.inf)
+    _check_number("weight_decay", options["weight_decay"], 0.0, math.inf)
+    precision.check_names(options["master"], options["moments"])
+
+
+def _check_number(name: str, got: Any, low: float, high: float) -> None:
+    if isinstance(got, torch.Tensor):
+        raise TypeError(f"{name} must be a number or a Schedule, got a tensor; pass float({name}) or a Schedule")
+    try:
+        value = float(got)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number or a Schedule, got {got!r}") from None
+    if not low <= value < high:  # false for NaN as well
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}), got {got!r}")
+
+
+def check_grad_divisor(got: Any) -> float:
+    """The divisor of the gradients as a float."""
+    try:
+        value = float(got)
+    except (TypeError, ValueError):
+        raise TypeError(f"grad_divisor must be a number, got {got!r}") from None
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"grad_divisor must be positive and finite, got {got!r}")
+    return value
+
+
+def read_group(
+    group: Mapping[str, Any], schedules: Mapping[str, Schedule], grad_divisor: float
+) -> GroupSettings:
+    """A group's settings as of now; raises where they are unusable."""
+    check_options(group)
+    betas = group["betas"]
+    return GroupSettings(
+        lr=_source("lr", group, schedules),
+        beta1=_beta_source("beta1", betas[0], schedules),
+        beta2=_beta_source("beta2", betas[1], schedules),
+        weight_decay=_source("weight_decay", group, schedules),
+        eps=float(group["eps"]),
+        grad_divisor=grad_divisor,
+        decoupled=bool(group["decoupled_weight_decay"]),
+        maximize=bool(group["maximize"]),
+    )
+
+
+def _source(name: str, group: Mapping[str, Any], schedules: Mapping[str, Schedule]) -> Source:
+    value = group[name]
+    schedule = schedules.get(name)
+    if schedule is None:
+        if isinstance(value, torch.Tensor):
+            return Source(1.0, None, value.data_ptr(), value.dtype)
+        return Source(float(value))
+    if isinstance(value, torch.Tensor):
+        if value.device.type != "cpu":
+            raise TypeError(
+                f"group[{name!r}] follows a Schedule and must stay a float, got a tensor on {value.device}; "
+                f"drive the rate with set_schedule(...) or without a Schedule"
+            )
+        value = value.item()
+    return Source(_ratio(name, float(value), group[f"{name}_reference"]), schedule)
+
+
+def _ratio(name: str, value: float, reference: float) -> float:
+    if value == reference:
+        return 1.0
+    if reference == 0.0:
+        raise ValueError(
+            f"group[{name!r}] was changed from 0 to {value!r}, but its Schedule's reference is 0, so the change has "
+            "no meaning as a factor; use set_schedule(schedule.scaled(...)) instead"
+        )
+    return value / reference
+
+
+def _beta_source(name: str, value: float, schedules: Mapping[str, Schedule]) -> Source:
+    schedule = schedules.get(name)
+    if schedule is None:
+        return Source(float(value))
+    if float(value) != schedule.reference:
+        raise ValueError(
+            f"{name} follows a Schedule, but group['betas'] was changed to hold {value!r}; "
+            f"use set_schedule(..., hyperparameter={name!r})"
+        )
+    return Source(1.0, schedule)

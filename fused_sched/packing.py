@@ -1,0 +1,243 @@
+"""From tensors to the table the kernels walk.
+
+A plan is built once for a set of parameters and reused until something about them changed; a steady step only
+reads pointers, dtypes and strides again, because gradients and parameters move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from . import precision
+from .backends import Backend
+from .state import Entry, is_dense, same_order
+
+
+class Work(NamedTuple):
+    """One parameter of a call."""
+
+    param: torch.Tensor
+    grad: torch.Tensor
+    group: int
+    entry: Entry
+
+
+#: What must stay the same for a row to be reused, pointers aside.
+Signature = tuple[Any, ...]
+
+
+def signature(param: torch.Tensor, grad: torch.Tensor) -> Signature:
+    return (
+        param.dtype,
+        param.device,
+        param.shape,
+        param.stride(),
+        grad.dtype,
+        grad.device,
+        grad.shape,
+        grad.layout,
+        grad.stride() if grad.layout is torch.strided else None,
+    )
+
+
+def check_param(param: torch.Tensor) -> None:
+    """Raise if a tensor cannot be optimized, whatever its gradient."""
+    if param.layout is not torch.strided:
+        raise TypeError(f"parameters must be dense (torch.strided), got {param.layout}; densify it first")
+    if param.dtype not in precision.FORMATS:
+        remedy = "optimize torch.view_as_real(p)" if param.is_complex() else "cast it"
+        raise TypeError(
+            f"parameters must be float32, bfloat16, float16 or float64, got {param.dtype} of shape "
+            f"{tuple(param.shape)}; {remedy}"
+        )
+    if hasattr(param, "to_local"):
+        raise NotImplementedError(
+            f"parameters must be plain tensors, got {type(param).__name__}; DTensor support is not built yet"
+        )
+
+
+def check_work(param: torch.Tensor, grad: torch.Tensor) -> None:
+    """Raise if a parameter cannot be updated with this gradient."""
+    check_param(param)
+    where = f"the parameter of shape {tuple(param.shape)}"
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"gradients must be dense, got {grad.layout} for {where}; use torch.optim.SparseAdam, or "
+            "sparse=False in the embedding"
+        )
+    if grad.dtype not in precision.FORMATS:
+        raise TypeError(
+            f"gradients must be float32, bfloat16, float16 or float64, got {grad.dtype} for {where}; "
+            "split complex ones with torch.view_as_real"
+        )
+    if grad.device != param.device:
+        raise RuntimeError(
+            f"a gradient must be on its parameter's device {param.device}, got {grad.device} for {where}; "
+            "move it with grad.to(p.device)"
+        )
+    if grad.shape != param.shape:
+        raise RuntimeError(f"a gradient must have its parameter's shape, got {tuple(grad.shape)} for {where}")
+    if param.device.type == "meta":
+        raise RuntimeError(f"{where} is on the meta device and has no values; materialise the model before step()")
+    if _overlaps_itself(param):
+        raise RuntimeError(
+            f"{where} has strides {param.stride()}: several of its elements share memory, so an update in place "
+            "has no meaning; make it a parameter of its own with p.detach().clone()"
+        )
+
+
+def _overlaps_itself(param: torch.Tensor) -> bool:
+    reach = 0  # the largest offset that the dimensions before can address
+    if param.numel() == 0:
+        return False
+    for stride, size in sorted((s, n) for s, n in zip(param.stride(), param.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
+def check_overlap(works: Sequence[Work]) -> None:
+    """Raise if two parameters share memory."""
+    spans = sorted(
+        (w.param.data_ptr(), w.param.data_ptr() + _extent_bytes(w.param), i)
+        for i, w in enumerate(works)
+        if w.param.numel() > 0
+    )
+    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+        if start >= end:
+            continue
+        a, b = works[first].param, works[second].param
+        if not _share_elements(a, b):
+            continue
+        raise RuntimeError(
+            f"two parameters share memory (shapes {tuple(a.shape)} and {tuple(b.shape)}): both would be updated "
+            "in an undefined order; pass one of them, or clone the other"
+        )
+
+
+def _extent_bytes(tensor: torch.Tensor) -> int:
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _share_elements(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of overlapping extent have a byte in common: interleaved slices do not."""
+    if is_dense(a) and is_dense(b):
+        return True
+    first: npt.NDArray[np.int64] = _byte_offsets(a)
+    return bool(np.isin(first, _byte_offsets(b)).any())
+
+
+def _byte_offsets(tensor: torch.Tensor) -> npt.NDArray[np.int64]:
+    offsets = np.zeros((), np.int64)
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        offsets = offsets[..., None] + np.arange(size, dtype=np.int64) * stride * tensor.element_size()
+    starts = offsets.reshape(-1) + tensor.data_ptr()
+    return (starts[:, None] + np.arange(tensor.element_size(), dtype=np.int64)).reshape(-1)
+
+
+class Plan:
+    """The tensor table of one call on one device, in the memory layout of `fs_tensor`."""
+
+    def __init__(self, works: Sequence[Work], backend: Backend) -> None:
+        module = backend.module
+        assert module is not None
+        self.works = list(works)
+        self.signatures = [signature(w.param, w.grad) for w in works]
+        self.rows = np.zeros(len(works), row_dtype(module))
+        arenas = list(dict.fromkeys(w.entry.arena for w in works))
+        index_of = {arena: i for i, arena in enumerate(arenas)}
+        self.arenas = np.array([arena.slots for arena in arenas], dtype=np.uint64)
+        self.rows["step"] = [w.entry.step_address for w in works]
+        self.rows["numel"] = [w.entry.layout.numel for w in works]
+        self.rows["state_offset"] = [w.entry.offset for w in works]
+        self.rows["arena"] = [index_of[w.entry.arena] for w in works]
+        self.rows["group"] = [w.group for w in works]
+        self.rows["param_format"] = [module.FORMATS[precision.FORMATS[w.param.dtype]] for w in works]
+        self.rows["master"] = [module.MASTERS[w.entry.layout.master] for w in works]
+        self.rows["moments"] = [module.MOMENTS[w.entry.layout.moments] for w in works]
+        self.rows["amsgrad"] = [w.entry.layout.amsgrad for w in works]
+        self._grad_dtypes = [_kernel_grad_dtype(w, backend.mixes_fp64) for w in works]
+        self.rows["grad_format"] = [module.FORMATS[precision.FORMATS[dtype]] for dtype in self._grad_dtypes]
+        self._staged_params = [i for i, w in enumerate(works) if not is_dense(w.param)]
+        self._staged_grads = [i for i, w in enumerate(works) if self._needs_staging(i, w)]
+        self._written_back: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._keep_alive: list[torch.Tensor] = []
+        self._param_pointers: list[int] = []
+
+    def _needs_staging(self, index: int, work: Work) -> bool:
+        stride = work.entry.layout.stride
+        return work.grad.dtype != self._grad_dtypes[index] or not same_order(
+            work.grad.stride(), stride, work.param.shape
+        )
+
+    def bind(self, grads: Sequence[torch.Tensor]) -> bool:
+        """Point the table at where the tensors are now; False if the plan no longer fits them."""
+        params = [w.param for w in self.works]
+        for old, param, grad in zip(self.signatures, params, grads, strict=True):
+            if signature(param, grad) != old:
+                return False
+        param_pointers = [p.data_ptr() for p in params]
+        if param_pointers != self._param_pointers:
+            check_overlap(self.works)
+            self._param_pointers = param_pointers
+        self.rows["param"] = param_pointers
+        self.rows["grad"] = [g.data_ptr() for g in grads]
+        self._stage(grads)
+        return True
+
+    def _stage(self, grads: Sequence[torch.Tensor]) -> None:
+        """Dense copies of what the kernels cannot walk: sliced parameters, gradients in another memory order."""
+        self._written_back = []
+        self._keep_alive = []
+        for i in self._staged_grads:
+            work = self.works[i]
+            dense = torch.empty_strided(
+                work.param.shape, work.entry.layout.stride, dtype=self._grad_dtypes[i], device=work.param.device
+            )
+            dense.copy_(grads[i])
+            self.rows["grad"][i] = dense.data_ptr()
+            self._keep_alive.append(dense)
+        for i in self._staged_params:
+            param = self.works[i].param
+            dense = torch.empty(param.shape, dtype=param.dtype, device=param.device).copy_(param)
+            self.rows["param"][i] = dense.data_ptr()
+            self._written_back.append((param, dense))
+
+    def finish(self) -> None:
+        """Write staged parameters back, once the update is enqueued."""
+        for param, dense in self._written_back:
+            param.copy_(dense)
+        self._written_back = []
+        self._keep_alive = []
+
+
+def _kernel_grad_dtype(work: Work, mixes_fp64: bool) -> torch.dtype:
+    """The dtype a gradient is handed over in: its own, unless the kernels do not mix it with the parameter's."""
+    param, grad = work.param.dtype, work.grad.dtype
+    if mixes_fp64 or (param == torch.float64) == (grad == torch.float64):
+        return grad
+    return torch.float64 if param == torch.float64 else torch.float32
+
+
+def row_dtype(module: Any) -> np.dtype[Any]:
+    return layout_dtype(module, "tensor")
+
+
+def layout_dtype(module: Any, name: str) -> np.dtype[Any]:
+    """A C++ struct as a NumPy dtype, from the offsets its compiler used."""
+    itemsize, fields = module.LAYOUTS[name]
+    return np.dtype(
+        {
+            "names": [field for field, _, _ in fields],
+            "formats": [dtype for _, dtype, _ in fields],
+            "offsets": [offset for _, _, offset in fields],
+            "itemsize": itemsize,
+        }
+    )

@@ -1,0 +1,164 @@
+"""The step in plain torch operations: the fallback on any device, and the compiled code's twin in tests.
+
+The one deliberate second copy of `csrc/core/adam.h` and `csrc/core/clock.h`. It keeps the clock on the host and
+reads step counts back, so it waits for the device; its results differ from the compiled ones by the few ulp
+that separate roundings make.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import packing
+from .backends import Backend
+from .hyperparameters import GroupSettings, Source
+from .packing import Work
+
+
+@dataclass(frozen=True)
+class _Values:
+    lr: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+
+
+class ReferenceEngine:
+    """Same duties as CompiledEngine, without compiled code."""
+
+    def __init__(self, backend: Backend, device: torch.device) -> None:
+        self.backend = backend
+        self.device = device
+        self._clock = 0
+        self._tick_pending = False
+        self._settings: list[GroupSettings] = []
+        self._lr_tensors: list[torch.Tensor | None] = []
+        # MPS has no float64.
+        self._values_device = torch.device("cpu") if device.type == "mps" else device
+        self._lrs = torch.zeros(0, dtype=torch.float64, device=self._values_device)
+        self._works: list[Work] = []
+
+    def push(self, settings: Sequence[GroupSettings], lr_tensors: Sequence[torch.Tensor | None]) -> None:
+        self._settings = list(settings)
+        self._lr_tensors = list(lr_tensors)
+        if len(self._lrs) < len(settings):
+            old = self._lrs
+            self._lrs = torch.zeros(len(settings), dtype=torch.float64, device=self._values_device)
+            self._lrs[: len(old)] = old
+
+    def prepare(self, works: Sequence[Work]) -> None:
+        for w in works:
+            packing.check_work(w.param, w.grad)
+        packing.check_overlap(works)
+        self._works = list(works)
+
+    @torch.no_grad()
+    def step(
+        self, tick: bool, found_inf: torch.Tensor | None = None, grad_scale: torch.Tensor | None = None
+    ) -> None:
+        self._tick_pending |= tick
+        if found_inf is not None and not found_inf.item() == 0.0:
+            return
+        self._clock += self._tick_pending
+        self._tick_pending = False
+        scale = 1.0 if grad_scale is None else float(grad_scale.item())
+        values = [self._evaluate(s, t) for s, t in zip(self._settings, self._lr_tensors, strict=True)]
+        self._lrs.copy_(torch.tensor([v.lr for v in values], dtype=torch.float64))
+        for work in self._works:
+            _update(work, self._settings[work.group], values[work.group], scale)
+
+    def _evaluate(self, settings: GroupSettings, lr_tensor: torch.Tensor | None) -> _Values:
+        index = max(0, self._clock - 1)
+
+        def value(source: Source) -> float:
+            if source.schedule is not None:
+                return source.scale * source.schedule(index)
+            if source.tensor_dtype is not None and lr_tensor is not None:
+                return source.scale * float(lr_tensor.item())
+            return source.scale
+
+        return _Values(
+            value(settings.lr), value(settings.beta1), value(settings.beta2), value(settings.weight_decay)
+        )
+
+    @property
+    def launches(self) -> int:
+        return 0
+
+    def read_clock(self) -> int:
+        return self._clock
+
+    def write_clock(self, step: int) -> None:
+        self._clock = step
+        self._tick_pending = False
+
+    @property
+    def lr_tensor(self) -> torch.Tensor:
+        return self._lrs
+
+
+def _advance(work: Work) -> int:
+    mirror, count = work.entry.tensors["step"], work.entry.tensors["step_int64"]
+    step = int(count.item())
+    if torch.tensor(step, dtype=torch.float32).item() != mirror.item():
+        step = int(mirror.item())
+    step += 1
+    count.fill_(step)
+    mirror.fill_(step)
+    return step
+
+
+def _update(work: Work, settings: GroupSettings, values: _Values, grad_scale: float) -> None:
+    step = _advance(work)
+    param, layout, state = work.param, work.entry.layout, work.entry.tensors
+    dtype = layout.compute_dtype
+    sign = -1.0 if settings.maximize else 1.0
+    grad = work.grad.detach().to(dtype) * (sign / (grad_scale * settings.grad_divisor))
+    if layout.master == "fp32":
+        weight = state["master"]
+        weight.copy_(torch.where(_same_bits(_encode_beside_master(weight, param.dtype), param), weight, param.to(dtype)))
+    else:
+        weight = param.to(dtype, copy=True)
+
+    old = weight.clone()
+    if values.weight_decay != 0.0:
+        if settings.decoupled:
+            weight -= (values.lr * values.weight_decay) * old
+        else:
+            grad = grad + values.weight_decay * old
+    exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+    _move(exp_avg, grad, values.beta1)
+    _move(exp_avg_sq, grad * grad, values.beta2)
+    second = exp_avg_sq
+    if layout.amsgrad:
+        second = torch.maximum(state["max_exp_avg_sq"], exp_avg_sq, out=state["max_exp_avg_sq"])
+    bias1 = 1.0 - values.beta1**step
+    bias2 = 1.0 - values.beta2**step
+    denominator = second.sqrt() * (1.0 / math.sqrt(bias2)) + settings.eps
+    weight -= (values.lr / bias1) * (exp_avg / denominator)
+    param.copy_(_encode_beside_master(weight, param.dtype) if layout.master == "fp32" else weight)
+
+
+def _move(average: torch.Tensor, new: torch.Tensor, beta: float) -> None:
+    """average = average + (1-beta)*(new - average), from whichever end loses fewer digits (csrc/core/adam.h)."""
+    distance = new - average
+    if beta < 0.5:
+        torch.sub(new, distance * beta, out=average)
+    else:
+        average += distance * (1.0 - beta)
+
+
+def _encode_beside_master(master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """bf16: ties away from zero, as `csrc/core/codec.h` rounds beside a master."""
+    if dtype != torch.bfloat16:
+        return master.to(dtype)
+    away = ((master.contiguous().view(torch.int32) + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(master.isnan(), master.to(dtype), away)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a.contiguous().view(torch.int16) == b.contiguous().view(torch.int16)

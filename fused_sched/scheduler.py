@@ -1,0 +1,54 @@
+"""The handle that frameworks hold as "the learning-rate scheduler": it observes, never drives."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch.optim.lr_scheduler import LRScheduler
+
+if TYPE_CHECKING:
+    from .optimizer import FusedScheduledAdam
+
+
+class ObservingScheduler(LRScheduler):
+    """An LRScheduler whose `step()` moves nothing: the clock lives in the optimizer.
+
+    Made by `FusedScheduledAdam.scheduler()`. Frameworks call `step()` once per update, per micro-batch, per
+    process or per epoch, each in its own way; none of that changes the rate.
+    """
+
+    def __init__(self, optimizer: FusedScheduledAdam) -> None:
+        # Not LRScheduler.__init__: it patches optimizer.step, adds "initial_lr" and writes group["lr"].
+        self.optimizer = optimizer
+        self._step_count = 1
+
+    @property
+    def base_lrs(self) -> list[float]:  # type: ignore[override]
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    @property
+    def last_epoch(self) -> int:  # type: ignore[override]
+        return self.optimizer.clock
+
+    @property
+    def _last_lr(self) -> list[float]:  # type: ignore[override]
+        return self.optimizer.last_lr()
+
+    def step(self, epoch: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Does nothing. DeepSpeed may pass a batch size here; it is not a clock value."""
+
+    def get_last_lr(self) -> list[float]:  # type: ignore[override]
+        """The rate of the latest applied update, one per group, without waiting for the device."""
+        return self.optimizer.last_lr()
+
+    def get_lr(self) -> list[float]:  # type: ignore[override]
+        return self.optimizer.last_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The clock, so that engines which save schedulers apart from optimizers lose nothing."""
+        return {"clock": self.optimizer.clock}
+
+    def load_state_dict(self, state_dict: dict[str, Any] | None) -> None:
+        """Set the clock. DeepSpeed passes None for a checkpoint saved without a scheduler."""
+        if state_dict and "clock" in state_dict:
+            self.optimizer.set_clock(int(state_dict["clock"]))
