@@ -51,7 +51,7 @@ class BuildModules(build_ext):
             for name in MODULES:
                 target = Path(self.get_ext_fullpath(f"fused_sched.{name}"))
                 if name in reasons:
-                    print(f"fused_sched: {name} was not built: {reasons[name]}", file=sys.stderr, flush=True)
+                    say(f"{name} was not built: {reasons[name]}")
                     target.unlink(missing_ok=True)
                 else:
                     replace_file(ROOT / FOLDER / f"{name}.so", target)
@@ -69,7 +69,8 @@ class BuildModules(build_ext):
     def get_output_mapping(self):
         if not self.inplace:
             return {}
-        return {str(Path(self.build_lib) / "fused_sched" / Path(path).name): path for path in self.get_outputs()}
+        package = Path(self.build_lib) / "fused_sched"
+        return {str(package / Path(path).name): path for path in self.get_outputs()}
 
 
 def compile_modules():
@@ -94,10 +95,10 @@ def compile_modules():
         # Both at once; only when that fails, one by one, to learn which of them it was.
         log, error = run_ninja(ninja, wanted)
         if error is None:
-            print(log, end="", file=sys.stderr, flush=True)
+            print(log, end="", file=sys.stderr)
         for name in wanted if error is not None else []:
             log, error = run_ninja(ninja, [name])
-            print(log, end="", file=sys.stderr, flush=True)
+            print(log, end="", file=sys.stderr)
             if error is not None:
                 reasons[name] = error
     return {
@@ -113,23 +114,31 @@ def run_ninja(ninja, targets):
     command = [ninja, "-f", str(FOLDER / "build.ninja"), "-k", "0"]
     if os.environ.get("MAX_JOBS"):
         command += ["-j", os.environ["MAX_JOBS"]]
-    done = subprocess.run([*command, *targets], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        [*command, *targets], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode == 0:
         return done.stdout, None
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    return done.stdout, next((line for line in lines if "error:" in line), lines[-1] if lines else "ninja failed")
+    errors = [line for line in lines if "error:" in line]
+    return done.stdout, (errors or lines[-1:] or ["ninja failed"])[0]
 
 
 def check_required(reasons):
     """Ends the build when a module that must be there is not."""
     if "_cpu" in reasons and os.environ.get("FUSED_SCHED_REQUIRE_CPU") == "1":
-        sys.exit("fused_sched: _cpu must be built (FUSED_SCHED_REQUIRE_CPU=1) but was not; "
-                 "without that setting the package installs with its pure-Python backend")
+        sys.exit(
+            "fused_sched: _cpu must be built (FUSED_SCHED_REQUIRE_CPU=1) but was not; "
+            "without that setting the package installs with its pure-Python backend"
+        )
     if "_cuda" in reasons and os.environ.get("FUSED_SCHED_CUDA") == "1":
         sys.exit("fused_sched: _cuda must be built (FUSED_SCHED_CUDA=1) but was not")
     if "_cpu" in reasons:
-        print("fused_sched: installing without compiled code; the backend will be 'reference' (plain PyTorch)",
-              file=sys.stderr, flush=True)
+        say("installing without compiled code; the backend will be 'reference' (plain PyTorch)")
+
+
+def say(text):
+    print(f"fused_sched: {text}", file=sys.stderr)
 
 
 def replace_file(source, target):

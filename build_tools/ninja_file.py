@@ -1,7 +1,7 @@
-"""The build of both extension modules as a ninja file: what is compiled, with which flags, from which sources.
+"""The build of both extension modules as a ninja file: which sources are compiled, and with which flags.
 
-Paths are relative to the checkout, where ninja runs; depfiles record the headers each object read, so that after
-an edit only what includes the edited file is compiled again.
+Paths are relative to the checkout, where ninja runs. Depfiles record the headers each object read, so that
+after an edit only what includes the edited file is compiled again.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from pathlib import Path
 
 from .toolchain import CppCompiler, CudaToolkit
 
-# No contraction: CPU and CUDA give the same bits. -fno-math-errno and -fno-trapping-math change no results, but
-# g++ vectorises no square root without them.
+# No contraction: CPU and CUDA give the same bits. -fno-math-errno and -fno-trapping-math change no results,
+# but g++ vectorises no square root without them.
 CPP_FLAGS = (
-    "-std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden -fPIC -g0 -Wall -Wextra"
+    "-std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math "
+    "-fvisibility=hidden -fPIC -g0 -Wall -Wextra"
 ).split()
 NVCC_FLAGS = (
     "-std=c++17 -O3 -fmad=false -lineinfo -t 0 -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
 ).split()
 
-# The element loops, once per instruction set; the fastest that the machine has is chosen when the module runs.
+# The element loops, once per instruction set; the fastest that the machine has is chosen at run time.
 ISA_SOURCE = "update_tile.cpp"
 X86_ISA_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512".split(),
@@ -54,10 +55,10 @@ def ninja_file(root: Path, folder: Path, compiler: CppCompiler, cuda: CudaToolki
     graph = _Graph(folder)
     graph.variable("builddir", [folder.as_posix()])
     graph.variable("cxx", [compiler.command])
-    graph.variable("cpp_flags", CPP_FLAGS + ["-Icsrc"] + [f"-isystem{path}" for path in compiler.includes])
+    graph.variable("cpp_flags", [*CPP_FLAGS, "-Icsrc", *(f"-isystem{path}" for path in compiler.includes)])
     if cuda is not None:
         graph.variable("nvcc", [cuda.nvcc])
-        graph.variable("nvcc_flags", NVCC_FLAGS + ["-Icsrc"] + _target_flags(cuda))
+        graph.variable("nvcc_flags", [*NVCC_FLAGS, "-Icsrc", *_target_flags(cuda)])
     graph.lines.append(RULES)
 
     link_flags = ["-pthread"]
@@ -69,7 +70,8 @@ def ninja_file(root: Path, folder: Path, compiler: CppCompiler, cuda: CudaToolki
     for source in _sources(root, "csrc/cpu/*.cpp"):
         if source.endswith(f"/{ISA_SOURCE}"):
             objects += [
-                graph.object("cpp", source, isa, [f"-DFS_ISA={isa}", *flags]) for isa, flags in isa_flags.items()
+                graph.object("cpp", source, isa, [f"-DFS_ISA={isa}", *flags])
+                for isa, flags in isa_flags.items()
             ]
         else:
             objects.append(graph.object("cpp", source))

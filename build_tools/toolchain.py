@@ -49,14 +49,16 @@ class CudaToolkit:
 def output_of(*command: str) -> str | None:
     """Standard output and error of a command, or None when it cannot be run or fails."""
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout
 
 
 def find_ninja() -> str:
-    """The ninja of the Python package, else one on PATH (GPU machines without a network often have only that)."""
+    """The ninja of the Python package, else one on PATH: a machine without a network may have only that."""
     found = shutil.which("ninja", path=sysconfig.get_path("scripts")) or shutil.which("ninja")
     found = found or shutil.which("ninja-build")
     if found is None:
@@ -93,7 +95,7 @@ def find_cpp_compiler(environment: Mapping[str, str] = os.environ) -> CppCompile
 
 
 def find_cuda_toolkit(environment: Mapping[str, str] = os.environ) -> CudaToolkit:
-    """The toolkit of $CUDA_HOME (or $CUDA_PATH) if that is set, else of the nvcc on PATH or in the usual place."""
+    """The toolkit of $CUDA_HOME (or $CUDA_PATH) if that is set, else of the nvcc on PATH or."""
     if environment.get("FUSED_SCHED_CUDA") == "0":
         raise Missing("FUSED_SCHED_CUDA=0")
     home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
@@ -104,7 +106,9 @@ def find_cuda_toolkit(environment: Mapping[str, str] = os.environ) -> CudaToolki
             return _toolkit_of(nvcc, environment.get("FUSED_SCHED_CUDA_ARCHS"))
         except Missing as reason:
             reasons.append(str(reason))
-    raise Missing("; ".join(dict.fromkeys(reasons)) or "no nvcc on PATH: install the CUDA toolkit, or set CUDA_HOME")
+    raise Missing(
+        "; ".join(dict.fromkeys(reasons)) or "no nvcc on PATH: install the CUDA toolkit, or set CUDA_HOME"
+    )
 
 
 def _toolkit_of(nvcc: str, architectures: str | None) -> CudaToolkit:
@@ -120,7 +124,9 @@ def _toolkit_of(nvcc: str, architectures: str | None) -> CudaToolkit:
     libraries += sorted(root.glob("targets/*/lib/libcudart_static.a"))
     library = next((path for path in libraries if path.is_file()), None)
     if library is None:
-        raise Missing(f"libcudart_static.a is not in the toolkit at {root}: install its cudart development files")
+        raise Missing(
+            f"libcudart_static.a is not in the toolkit at {root}: install its cudart development files"
+        )
     known = set(re.findall(r"compute_(\w+)", output_of(nvcc, "--list-gpu-arch") or ""))
     return CudaToolkit(
         nvcc=nvcc,
@@ -132,13 +138,18 @@ def _toolkit_of(nvcc: str, architectures: str | None) -> CudaToolkit:
 
 
 def _choose_architectures(asked: str | None, known: set[str]) -> tuple[str, ...]:
-    """The architectures to compile for, oldest first. Those asked for by name must all be known to nvcc; of the
-    default ones an older nvcc takes what it knows."""
+    """The architectures to compile for, oldest first.
+
+    Those asked for by name must all be known to nvcc; of the default ones an older nvcc takes what it knows.
+    """
     names = re.split(r"[\s,;]+", (asked or DEFAULT_CUDA_ARCHITECTURES).strip())
     names = [name.replace(".", "") for name in names]
     unknown = [name for name in names if name.rstrip("af") not in known]
     if asked and unknown:
-        raise Missing(f"FUSED_SCHED_CUDA_ARCHS asks for {', '.join(unknown)}; this nvcc knows {', '.join(sorted(known))}")
+        raise Missing(
+            f"FUSED_SCHED_CUDA_ARCHS asks for {', '.join(unknown)}; "
+            f"this nvcc knows {', '.join(sorted(known))}"
+        )
     chosen = [name for name in dict.fromkeys(names) if name not in unknown]
     if not chosen:
         raise Missing(f"this nvcc knows none of the architectures {DEFAULT_CUDA_ARCHITECTURES}")

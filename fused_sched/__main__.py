@@ -13,25 +13,31 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from . import __version__, backends
+
 
 def main() -> None:
     info = build_info()
-    cpu, cpu_error = load("_cpu", info)
-    cuda, cuda_error = load("_cuda", info)
+    modules = {name: compiled_module(f"_{name}") for name in ("cuda", "cpu")}
     rows = [
-        ("fused_sched", f"{package_version()} in {Path(__file__).parent}"),
+        ("fused_sched", f"{__version__} in {Path(__file__).parent}"),
         ("versions", f"Python {platform.python_version()}, torch {of('torch')}, numpy {of('numpy')}"),
         ("built with", compilers(info)),
-        ("backend cuda", cuda_error or cuda_state(cuda)),
-        ("backend cpu", cpu_error or "usable"),
-        ("backend reference", "usable (plain PyTorch, any device)"),
-        ("instruction sets", instruction_sets(cpu)),
-        ("GPU architectures", gpu_architectures(info)),
-        *tables(cpu or cuda),
+        *((f"backend {name}", backend_state(name, info)) for name in ("cuda", "cpu", "reference")),
+        ("instruction sets", instruction_sets(modules["cpu"])),
+        ("GPU architectures", gpu_architectures(info) if modules["cuda"] else "none"),
+        *tables(modules["cpu"] or modules["cuda"]),
     ]
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"{name:<{width}}  {text}")
+
+
+def compiled_module(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"fused_sched.{name}")
+    except ImportError:
+        return None
 
 
 def build_info() -> dict[str, Any]:
@@ -44,31 +50,13 @@ def build_info() -> dict[str, Any]:
     return info
 
 
-def load(name: str, info: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
-    """The extension module, or why it is not there."""
-    try:
-        return importlib.import_module(f"fused_sched.{name}"), None
-    except ImportError as error:
-        reason = info.get("not_built", {}).get(name)
-        if reason is None and info:
-            return None, f"built, but cannot be imported: {error}"
-        return None, f"not built: {reason or 'this checkout was not built; run make build'}"
-
-
-def cuda_state(module: ModuleType | None) -> str:
-    if module is None:
-        return "not built"
-    try:
-        count: int = module.device_count()
-    except RuntimeError as error:
-        return f"built, not usable here: {error}"
-    return f"usable, {count} device{'' if count == 1 else 's'}" if count else "built, not usable here: no device"
-
-
-def package_version() -> str:
-    import fused_sched
-
-    return fused_sched.__version__
+def backend_state(name: str, info: dict[str, Any]) -> str:
+    usable, reason = backends.available(name)
+    if usable:
+        return "usable"
+    if reason == "not built":
+        return f"not built: {info.get('not_built', {}).get(f'_{name}', 'run make build, or pip install .')}"
+    return f"built, not usable here: {reason}"
 
 
 def of(package: str) -> str:
@@ -84,17 +72,18 @@ def compilers(info: dict[str, Any]) -> str:
     return ", ".join(names)
 
 
-def instruction_sets(module: ModuleType | None) -> str:
+def instruction_sets(cpu: ModuleType | None) -> str:
     """All that were compiled; those this machine lacks are marked, and the first of the others is used."""
-    if module is None:
+    if cpu is None:
         return "none"
-    sets = module.instruction_sets()
-    return ", ".join(name if supported else f"{name} (not on this machine)" for name, supported in sets)
+    return ", ".join(
+        name if here else f"{name} (not on this machine)" for name, here in cpu.instruction_sets()
+    )
 
 
 def gpu_architectures(info: dict[str, Any]) -> str:
     names = info.get("cuda_architectures") or []
-    return ", ".join(f"sm_{name}" for name in names) + f" and PTX of {names[-1]}" if names else "none"
+    return ", ".join(f"sm_{name}" for name in names) + f" and PTX of {names[-1]}" if names else "unknown"
 
 
 def tables(module: ModuleType | None) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
-"""What the build promises: incremental, honest about what is missing, never dependent on the build machine's GPU.
+"""What the build promises: incremental, honest about what is missing, independent of the build machine's GPU.
 
-Most tests build a stub of the project (the real setup.py over sources of a few lines); one builds the real thing
-from an sdist.
+Most tests build a stub of the project (the real setup.py over sources of a few lines); one builds the real
+thing from an sdist.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ STUB_SOURCES = {
 #include "core/in_binding.h"
 #define INIT_NAME(module) PyInit_##module
 #define INIT(module) INIT_NAME(module)
-static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "stub", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "stub", nullptr, -1, nullptr,
+                                 nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC INIT(FS_MODULE)() { return PyModule_Create(&definition); }
 """,
     "csrc/cpu/update_tile.cpp": '#include "../core/in_loops.h"\n#define NAME(isa) loop_##isa\n'
     "#define EXPAND(isa) NAME(isa)\nint EXPAND(FS_ISA)() { return IN_LOOPS; }\n",
-    "csrc/cuda/step.cu": '#include "../core/in_loops.h"\n__global__ void kernel(int* out) { *out = IN_LOOPS; }\n',
+    "csrc/cuda/step.cu": '#include "../core/in_loops.h"\n'
+    "__global__ void kernel(int* out) { *out = IN_LOOPS; }\n",
     "fused_sched/__init__.py": '__version__ = "1.2.3"\n',
     "README.md": "stub\n",
     "LICENSE": "stub\n",
@@ -48,13 +50,17 @@ def run(*command: str, cwd: Path, succeeds: bool = True, **settings: str) -> str
     ours = {"CXX", "CUDA_HOME", "CUDA_PATH"}
     environment = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("FUSED_SCHED_")}
     environment |= {"FUSED_SCHED_CUDA": "0", **settings}
-    done = subprocess.run(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert (done.returncode == 0) == succeeds, done.stdout
     return done.stdout
 
 
 def build_in_place(project: Path, succeeds: bool = True, **settings: str) -> str:
-    return run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=project, succeeds=succeeds, **settings)
+    return run(
+        sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=project, succeeds=succeeds, **settings
+    )
 
 
 def build_info(project: Path) -> dict:
@@ -67,7 +73,11 @@ def modules(project: Path) -> set[str]:
 
 def times(project: Path) -> dict[str, int]:
     """When each object and module was made, in nanoseconds."""
-    return {path.name: path.stat().st_mtime_ns for path in project.glob("build/*/*") if path.suffix in {".o", ".so"}}
+    return {
+        path.name: path.stat().st_mtime_ns
+        for path in project.glob("build/*/*")
+        if path.suffix in {".o", ".so"}
+    }
 
 
 @pytest.fixture
@@ -77,7 +87,9 @@ def stub(tmp_path: Path) -> Path:
         (tmp_path / name).write_text(text)
     shutil.copy(ROOT / "setup.py", tmp_path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    shutil.copytree(ROOT / "build_tools", tmp_path / "build_tools", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "build_tools", tmp_path / "build_tools", ignore=shutil.ignore_patterns("__pycache__")
+    )
     return tmp_path
 
 
