@@ -5,8 +5,8 @@ Loshchilov and Hutter (2019, algorithm 2), hyperparameters are numbers or plain 
 index, and the 16-bit formats are converted by arithmetic on exponents where the package moves bits.
 
 Beside each value an `Oracle` keeps a magnitude: what the value would be if no terms had cancelled. Rounding
-errors are proportional to the terms that were added and not to what is left of them, so `tolerances.py` states
-its bounds in units of these magnitudes.
+errors are proportional to the terms that were added and not to what is left of them, so `tolerances.py`
+states its bounds in units of these magnitudes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Scheduled = float | Callable[[int], float]
 
 @dataclass(frozen=True)
 class Format:
-    """A binary floating-point format: digits of the significand (the hidden one included), least normal exponent."""
+    """A binary floating-point format: its significand's digits (the hidden one counts), least normal exponent."""
 
     digits: int
     min_exponent: int
     max_value: float
 
     def spacing(self, values: Array) -> Array:
-        """Distance between the two neighbours in this format around each value (its unit in the last place)."""
+        """Unit in the last place of each value: the distance between its neighbours in this format."""
         _, exponents = np.frexp(np.abs(values))
         exponents = np.where(values == 0.0, self.min_exponent, exponents)
         return np.ldexp(1.0, np.maximum(exponents - 1, self.min_exponent) - (self.digits - 1))
@@ -93,9 +93,9 @@ def value_at(hyperparameter: Scheduled, index: int) -> float:
 class Oracle:
     """One parameter's trajectory.
 
-    Without a master, a 16-bit parameter is rounded to nearest-even after each update and the next update starts
-    from the rounded value. With one, `weight` is the master and `param` its rounding, ties away from zero. fp32
-    parameters are not rounded at all: the difference is what the tolerances bound.
+    Without a master, a 16-bit parameter is rounded to nearest-even after each update and the next update
+    starts from the rounded value. With one, `weight` is the master and `param` its rounding (ties away from
+    zero in bf16). fp32 parameters are not rounded at all: the difference is what the tolerances bound.
     """
 
     def __init__(
@@ -109,7 +109,8 @@ class Oracle:
         self.exp_avg_sq = np.zeros_like(self.weight)
         self.max_exp_avg_sq = np.zeros_like(self.weight)
         self.step = 0
-        self.weight_magnitude = np.abs(self.weight)
+        self.start_magnitude = np.abs(self.weight)
+        self.update_magnitude = np.zeros_like(self.weight)
         self.exp_avg_magnitude = np.zeros_like(self.weight)
         self.exp_avg_sq_magnitude = np.zeros_like(self.weight)
         self.max_exp_avg_sq_magnitude = np.zeros_like(self.weight)
@@ -124,7 +125,7 @@ class Oracle:
         )
 
     def update(self, grad: Array, index: int | None = None, grad_scale: float = 1.0) -> None:
-        """One update; `index` is the schedule clock before it, by default the count of this parameter's updates."""
+        """One update; `index` is the schedule clock before it, by default this parameter's count of updates."""
         o = self.options
         index = self.step if index is None else index
         lr, beta1, beta2, decay = (value_at(h, index) for h in (o.lr, o.beta1, o.beta2, o.weight_decay))
@@ -155,13 +156,11 @@ class Oracle:
         denominator = np.sqrt(second / bias2) + o.eps
         with np.errstate(divide="ignore", invalid="ignore"):
             weight = weight - lr / bias1 * self.exp_avg / denominator
-            # d(update)/update = d(numerator)/numerator - d(denominator)/denominator, and a relative error of v
-            # counts half in its root: the excess of v's magnitude over v widens the update's.
+            # A relative error of v enters the update through the denominator, so the excess of v's magnitude
+            # over v widens the update's.
             widening = np.where(second > 0.0, second_magnitude / np.where(second > 0.0, second, 1.0), 1.0)
-            update_magnitude = abs(lr) / bias1 * self.exp_avg_magnitude / denominator * widening
-        self.weight_magnitude = self.weight_magnitude + np.where(
-            np.isfinite(update_magnitude), update_magnitude, 0.0
-        )
+            update = abs(lr) / bias1 * self.exp_avg_magnitude / denominator * widening
+        self.update_magnitude = self.update_magnitude + np.where(np.isfinite(update), update, 0.0)
         self.weight = weight
         if self.format_name in ("fp16", "bf16") and not self.master:
             self.weight = FORMATS[self.format_name].round(weight)

@@ -1,0 +1,388 @@
+"""Saving, loading, resuming: bit for bit, in place, and to and from torch.optim.AdamW."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, Case, Problem, assert_same, by_name, same_bits, snapshot, values_of
+from conftest import Backend
+
+import fused_sched
+from fused_sched import FusedScheduledAdam, schedules
+
+HALF = 3
+
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def through_a_file(value: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def copied_params(problem: Problem) -> list[torch.Tensor]:
+    return [param.detach().clone() for param in problem.params]
+
+
+def resumed(case: Case, backend: Backend, saved: Any, weights: list[torch.Tensor]) -> tuple[Problem, Any]:
+    """A new process: parameters and optimizer made anew, then loaded."""
+    problem = Problem(case, backend.device)
+    for _ in range(HALF):
+        problem.set_grads()  # the gradients continue where they were
+    with torch.no_grad():
+        for param, weight in zip(problem.params, weights, strict=True):
+            param.copy_(weight)
+    optimizer = problem.optimizer(backend.name)
+    optimizer.load_state_dict(saved)
+    return problem, optimizer
+
+
+@each_case
+def test_resumed_training_is_the_uninterrupted_one(case: Case, backend: Backend) -> None:
+    problem = Problem(case, backend.device)
+    optimizer = problem.optimizer(backend.name)
+    problem.run(optimizer, HALF)
+    saved, weights = through_a_file(optimizer.state_dict()), copied_params(problem)
+    problem.run(optimizer, HALF)
+
+    problem, again = resumed(case, backend, saved, weights)
+    assert again.clock == HALF
+    problem.run(again, HALF)
+    assert_same(snapshot(again), snapshot(optimizer))
+    assert again.clock == optimizer.clock == 2 * HALF
+    assert again.last_lr() == optimizer.last_lr()
+
+
+@each_case
+def test_portable_state_resumes_the_same_way(case: Case, backend: Backend) -> None:
+    problem = Problem(case, backend.device)
+    optimizer = problem.optimizer(backend.name)
+    problem.run(optimizer, HALF)
+    saved, weights = through_a_file(optimizer.state_dict(portable=True)), copied_params(problem)
+    for state in saved["state"].values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert state[key].dtype in (torch.float32, torch.float64)
+    problem.run(optimizer, HALF)
+    problem, again = resumed(case, backend, saved, weights)
+    problem.run(again, HALF)
+    assert_same(snapshot(again), snapshot(optimizer))
+
+
+def test_backends_read_each_others_checkpoints(compiled: Backend, get_backend: Any) -> None:
+    """The live backend wins, and a run moves between the compiled ones without changing a bit."""
+    case = by_name("all_dtypes_in_a_group")
+    cpu = get_backend("cpu")
+    problem = Problem(case, cpu.device)
+    optimizer = problem.optimizer("cpu")
+    problem.run(optimizer, HALF)
+    saved, weights = optimizer.state_dict(), copied_params(problem)
+    saved = through_a_file(saved)
+    problem.run(optimizer, HALF)
+    problem, other = resumed(case, compiled, saved, weights)
+    problem.run(other, HALF)
+    assert_same(snapshot(other), snapshot(optimizer))
+
+
+def test_loading_copies_into_existing_buffers(backend: Backend) -> None:
+    case = by_name("all_dtypes_in_a_group")
+    problem = Problem(case, backend.device)
+    optimizer = problem.optimizer(backend.name)
+    problem.run(optimizer, HALF)
+    saved = through_a_file(optimizer.state_dict())
+    at_saving = snapshot(optimizer)
+    problem.run(optimizer, 1)
+
+    def addresses() -> dict[int, dict[str, int]]:
+        return {
+            position: {
+                key: value.data_ptr()
+                for key, value in optimizer.state[param].items()
+                if isinstance(value, torch.Tensor)
+            }
+            for position, param in enumerate(problem.params)
+        }
+
+    before, rates = addresses(), optimizer.lr_tensor.data_ptr()
+    optimizer.load_state_dict(saved)
+    assert addresses() == before
+    assert optimizer.lr_tensor.data_ptr() == rates
+    loaded = {key: value for key, value in snapshot(optimizer).items() if not key.endswith("param")}
+    assert_same(loaded, {key: value for key, value in at_saving.items() if not key.endswith("param")})
+    problem.run(optimizer, 1)
+    assert addresses() == before
+
+
+def test_loading_does_not_keep_the_loaded_tensors(backend: Backend) -> None:
+    param = backend.parameter([1.0, 2.0])
+    optimizer = backend.optimizer([param])
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    value = saved["state"][0]["exp_avg"].clone()
+    optimizer.step()
+    assert torch.equal(saved["state"][0]["exp_avg"], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_state_of_16_bit_parameters_stays_float32(dtype: torch.dtype, backend: Backend) -> None:
+    """torch's own loading casts state to the parameter's dtype and would lose 16 bits of each moment."""
+    param = backend.parameter([1.0, 2.0], dtype)
+    optimizer = backend.optimizer([param], lr=1e-3)
+    param.grad = torch.tensor([1.0 / 3.0, 0.7], dtype=dtype, device=backend.device)
+    for _ in range(3):
+        optimizer.step()
+    before = snapshot(optimizer)
+    optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert_same(snapshot(optimizer), before)
+    assert optimizer.state[param]["exp_avg"].dtype == torch.float32
+
+
+def test_state_dict_holds_tensors_and_primitives(backend: Backend) -> None:
+    def check(value: Any) -> None:
+        if isinstance(value, dict):
+            assert all(type(key) in (str, int) for key in value)
+            for item in value.values():
+                check(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                check(item)
+        else:
+            assert type(value) in (torch.Tensor, int, float, bool, str, type(None)), value
+
+    problem = Problem(by_name("groups_of_their_own"), backend.device)
+    optimizer = problem.optimizer(backend.name)
+    check(optimizer.state_dict())
+    problem.run(optimizer, 2)
+    saved = optimizer.state_dict()
+    check(saved)
+    check(optimizer.state_dict(portable=True))
+    clocks = [
+        [key for key, value in group.items() if type(value) is int and value == 2]
+        for group in saved["param_groups"]
+    ]
+    assert all(clocks), "every group carries the clock"
+
+
+def test_checkpoint_before_the_first_step(backend: Backend) -> None:
+    optimizer = backend.optimizer([backend.parameter([1.0])], lr=schedules.linear(0.0, 1.0, 4))
+    saved = through_a_file(optimizer.state_dict())
+    other = backend.optimizer([backend.parameter([1.0])], lr=schedules.linear(0.0, 1.0, 4))
+    other.load_state_dict(saved)
+    assert other.clock == 0
+    assert not other.state
+
+
+def test_saved_tensors_do_not_change_with_training(backend: Backend) -> None:
+    """As torch's: `state_dict()` refers to live tensors, so a copy is the caller's to make; a file is one."""
+    problem = Problem(by_name("defaults"), backend.device)
+    optimizer = problem.optimizer(backend.name)
+    problem.run(optimizer, 1)
+    saved = through_a_file(optimizer.state_dict())
+    value = saved["state"][0]["exp_avg"].clone()
+    problem.run(optimizer, 1)
+    assert torch.equal(saved["state"][0]["exp_avg"], value)
+    assert not torch.equal(optimizer.state[problem.params[0]]["exp_avg"].cpu(), value.cpu())
+
+
+# ---- what wins -----------------------------------------------------------------------------------
+
+
+def trained(backend: Backend, updates: int = 3, **options: Any) -> FusedScheduledAdam:
+    param = backend.parameter([1.0, -2.0], options.pop("dtype", torch.float32))
+    optimizer = backend.optimizer([param], **options)
+    for index in range(updates):
+        param.grad = torch.full_like(param, 1.0 + index)
+        optimizer.step()
+    return optimizer
+
+
+def test_hyperparameters_come_from_the_checkpoint(backend: Backend) -> None:
+    saved = trained(
+        backend, lr=0.25, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.5, maximize=True
+    ).state_dict()
+    other = trained(backend, 0)
+    other.load_state_dict(saved)
+    group = other.param_groups[0]
+    assert (group["lr"], group["eps"], group["weight_decay"], group["maximize"]) == (0.25, 1e-3, 0.5, True)
+    assert tuple(group["betas"]) == (0.5, 0.75)
+
+
+def test_edited_lr_keeps_its_ratio_over_a_checkpoint(backend: Backend) -> None:
+    schedule = schedules.linear(0.5, 0.25, 8)
+    first = trained(backend, lr=schedule)
+    first.param_groups[0]["lr"] *= 0.5
+    saved = first.state_dict()
+    other = trained(backend, 0, lr=schedule)
+    other.load_state_dict(saved)
+    group = other.param_groups[0]
+    assert (group["lr"], group["lr_reference"]) == (0.25, 0.5)
+
+
+def test_constructors_schedule_wins_and_a_different_saved_one_warns(backend: Backend) -> None:
+    saved = trained(backend, lr=schedules.linear(0.5, 0.25, 8)).state_dict()
+    new = schedules.constant(0.125)
+    other = trained(backend, 0, lr=new)
+    with pytest.warns(fused_sched.ScheduleWarning):
+        other.load_state_dict(saved)
+    group = other.param_groups[0]
+    assert (group["lr"], group["lr_reference"]) == (0.125, 0.125)
+    param = group["params"][0]
+    param.grad = torch.ones_like(param)
+    other.step()
+    assert other.last_lr() == [0.125]
+    assert other.clock == 4
+
+
+def test_same_schedule_does_not_warn(backend: Backend) -> None:
+    schedule = schedules.warmup_cosine(0.1, warmup_steps=2, total_steps=9)
+    saved = through_a_file(trained(backend, lr=schedule).state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(backend, 0, lr=schedule).load_state_dict(saved)
+
+
+def test_live_master_wins_and_state_is_converted(backend: Backend) -> None:
+    options: dict[str, Any] = {"lr": 1e-3, "dtype": torch.bfloat16}
+    with_master = trained(backend, master="fp32", **options)
+    without = trained(backend, master="none", **options)
+    exp_avg = without.state[without.param_groups[0]["params"][0]]["exp_avg"].clone()
+    saved = through_a_file(without.state_dict())
+    with_master.load_state_dict(saved)
+    param = with_master.param_groups[0]["params"][0]
+    param.grad = torch.zeros_like(param)
+    with_master.param_groups[0]["lr"] = 0.0
+    with_master.step()
+    state = with_master.state[param]
+    # lr = 0 leaves the master at what the parameter held.
+    assert torch.equal(state["master"], param.detach().float())
+    torch.testing.assert_close(state["exp_avg"], 0.9 * exp_avg, rtol=1e-6, atol=0)
+
+
+def test_checkpoint_of_another_model_is_refused_and_changes_nothing(backend: Backend) -> None:
+    optimizer = trained(backend, lr=schedules.constant(0.5))
+    before, group_before = snapshot(optimizer), dict(optimizer.param_groups[0])
+    saved = through_a_file(optimizer.state_dict())
+    saved["state"][0]["exp_avg"] = torch.zeros(5)
+    saved["param_groups"][0]["lr"] = 0.125
+    with pytest.raises((ValueError, RuntimeError)):
+        optimizer.load_state_dict(saved)
+    too_many = through_a_file(optimizer.state_dict())
+    too_many["param_groups"][0]["params"] = [0, 1]
+    with pytest.raises(ValueError, match=r"(?i)param"):
+        optimizer.load_state_dict(too_many)
+    assert_same(snapshot(optimizer), before)
+    assert optimizer.clock == 3
+    assert {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} == {
+        k: v for k, v in group_before.items() if k != "params"
+    }
+
+
+# ---- torch.optim.AdamW ---------------------------------------------------------------------------
+
+TORCH_OPTIONS: dict[str, Any] = {
+    "lr": 0.01,
+    "betas": (0.8, 0.95),
+    "eps": 1e-6,
+    "weight_decay": 0.1,
+    "amsgrad": True,
+}
+
+
+def model(backend: Backend) -> list[torch.nn.Parameter]:
+    rng = np.random.default_rng(5)
+    return [backend.parameter(rng.standard_normal(shape), torch.float64) for shape in ((3, 4), (5,))]
+
+
+def train_all(optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for index in range(first, last):
+        rng = np.random.default_rng(index)
+        for param in params:
+            param.grad = torch.from_numpy(rng.standard_normal(tuple(param.shape))).to(param)
+        optimizer.step()
+
+
+def optimizer_of(kind: str, backend: Backend, params: list[torch.nn.Parameter], **options: Any) -> Any:
+    if kind == "torch":
+        return torch.optim.AdamW(params, **options)
+    return backend.optimizer(params, **options)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("direction", [("torch", "ours"), ("ours", "torch")], ids="_to_".join)
+def test_checkpoints_of_torchs_adamw(direction: tuple[str, str], portable: bool, backend: Backend) -> None:
+    source, target = direction
+    params = model(backend)
+    first = optimizer_of(source, backend, params, **TORCH_OPTIONS)
+    train_all(first, 0, 3)
+    saved = first.state_dict(portable=True) if portable and source == "ours" else first.state_dict()
+    saved = through_a_file(saved)
+    copies = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    second = optimizer_of(target, backend, copies)
+    second.load_state_dict(saved)
+    for param, copied in zip(params, copies, strict=True):
+        for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            assert same_bits(second.state[copied][key], first.state[param][key])
+        assert float(second.state[copied]["step"]) == 3
+    train_all(first, 3, 6)
+    train_all(second, 3, 6)
+    for param, copied in zip(params, copies, strict=True):
+        # Two orders of the same float64 operations over 3 updates.
+        torch.testing.assert_close(copied, param, rtol=1e-14, atol=1e-15)
+        torch.testing.assert_close(
+            first.state[param]["exp_avg"], second.state[copied]["exp_avg"], rtol=1e-14, atol=1e-15
+        )
+        assert float(second.state[copied]["step"]) == 6
+    if target == "ours":
+        assert second.clock == 6
+
+
+def test_foreign_checkpoint_sets_the_clock_to_its_largest_step(backend: Backend) -> None:
+    params = model(backend)
+    torch_optimizer = torch.optim.AdamW(params, lr=0.5)
+    train_all(torch_optimizer, 0, 4)
+    schedule = schedules.linear(0.0, 1.0, 8)
+    ours = backend.optimizer(params, lr=schedule)
+    ours.load_state_dict(through_a_file(torch_optimizer.state_dict()))
+    assert ours.clock == 4
+    assert ours.param_groups[0]["lr"] == ours.param_groups[0]["lr_reference"] == schedule.reference
+    train_all(ours, 4, 5)
+    assert ours.last_lr() == [schedule(4)]
+
+
+def test_foreign_lr_left_by_a_torch_scheduler_is_ignored(backend: Backend) -> None:
+    params = model(backend)
+    torch_optimizer = torch.optim.AdamW(params, lr=0.5)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(torch_optimizer, 0.9)
+    train_all(torch_optimizer, 0, 1)
+    scheduler.step()
+    ours = backend.optimizer(params, lr=schedules.constant(0.125))
+    ours.load_state_dict(torch_optimizer.state_dict())
+    train_all(ours, 1, 2)
+    assert ours.last_lr() == [0.125]
+
+
+def test_portable_bf16_state_loads_into_torch_and_back(backend: Backend) -> None:
+    param = backend.parameter([1.0, -2.0], torch.bfloat16)
+    ours = backend.optimizer([param], lr=1e-3, master="fp32")
+    for index in range(3):
+        param.grad = torch.full_like(param, 1.0 + index)
+        ours.step()
+    saved = through_a_file(ours.state_dict(portable=True))
+    fp32 = torch.nn.Parameter(param.detach().float())
+    theirs = torch.optim.AdamW([fp32])
+    theirs.load_state_dict(saved)
+    fp32.grad = torch.ones_like(fp32)
+    theirs.step()
+    assert values_of(theirs.state[fp32]["step"]) == 4
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+    assert same_bits(ours.state[param]["exp_avg"], theirs.state[fp32]["exp_avg"])
