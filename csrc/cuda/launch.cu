@@ -1,0 +1,300 @@
+// The CUDA backend of step.h: packs tensors into tables and launches. Host code only; it neither allocates
+// device memory nor waits for the device.
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "clock_kernel.cuh"
+#include "update_kernel.cuh"
+
+namespace fused_sched {
+namespace {
+
+#define FS_NAME(identifier, tag, name, ...) name,
+constexpr const char* kFormatNames[] = {FS_FORMATS(FS_NAME)};
+constexpr const char* kMasterNames[] = {FS_MASTERS(FS_NAME)};
+#undef FS_NAME
+constexpr int kNumFormats = sizeof(kFormatNames) / sizeof(kFormatNames[0]);
+constexpr int kNumMasters = sizeof(kMasterNames) / sizeof(kMasterNames[0]);
+
+// Tiles of one launch: a block's tile index plus the grid's size stays within an int. A tensor of
+// kMaxElements is that many of the smallest tiles.
+constexpr int64_t kMaxTiles = int64_t{1} << 30;
+constexpr int64_t kMaxElements = kMaxTiles * kUpdateThreads * kElementsPerThreadFloat64;
+
+template <class... Arguments>
+[[noreturn]] void fail(const char* format, Arguments... arguments) {
+  Failure failure;
+  snprintf(failure.text, sizeof failure.text, format, arguments...);
+  throw failure;
+}
+
+// Runs the body of a function of step.h: a Failure becomes its text and a non-zero status.
+template <class Body>
+int report_failure(char* error, Body body) {
+  try {
+    body();
+    return 0;
+  } catch (const Failure& failure) {
+    memcpy(error, failure.text, kErrorSize);
+  } catch (const std::exception& exception) {
+    snprintf(error, kErrorSize, "%s", exception.what());
+  }
+  return 1;
+}
+
+// Asks the runtime about a kernel, which loads it. Loading may be refused while a stream of this thread is
+// being captured, unless the thread relaxes its own rule for the moment.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { FS_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// How many blocks of a kernel the current device runs at once; asked once per kernel and device.
+int resident_blocks(const void* kernel, int num_threads, int device) {
+  struct Answer {
+    const void* kernel;
+    int device;
+    int blocks;
+  };
+  static std::mutex mutex;
+  static std::vector<Answer> answers;
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const Answer& answer : answers) {
+    if (answer.kernel == kernel && answer.device == device) return answer.blocks;
+  }
+  const RelaxedCapture relaxed;
+  cudaFuncAttributes attributes;
+  FS_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  int blocks_per_sm = 0;
+  int num_sms = 0;
+  FS_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, num_threads, 0));
+  FS_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
+  answers.push_back({kernel, device, blocks_per_sm * num_sms});
+  return answers.back().blocks;
+}
+
+cudaStream_t stream_of(const fs_call& call) { return reinterpret_cast<cudaStream_t>(call.stream); }
+
+SelectedUpdate select_update(const fs_tensor& tensor) {
+  if (tensor.moments != kMomentsFloat32) return {nullptr, 0};
+  const bool amsgrad = tensor.amsgrad != 0;
+  switch (tensor.param_format) {
+    case kFloat32:
+      return select_update_fp32(tensor.grad_format, tensor.master, amsgrad);
+    case kBfloat16:
+      return select_update_bf16(tensor.grad_format, tensor.master, amsgrad);
+    case kFloat16:
+      return select_update_fp16(tensor.grad_format, tensor.master, amsgrad);
+    case kFloat64:
+      return select_update_fp64(tensor.grad_format, tensor.master, amsgrad);
+    default:
+      return {nullptr, 0};
+  }
+}
+
+// An index of the formats that choose the kernel; moments have one format.
+constexpr int kNumCombinations = kNumFormats * kNumFormats * kNumMasters * 2;
+int combination_of(const fs_tensor& tensor) {
+  const int formats = tensor.param_format * kNumFormats + tensor.grad_format;
+  return (formats * kNumMasters + tensor.master) * 2 + (tensor.amsgrad != 0);
+}
+
+void check_formats(const fs_tensor& tensor, int64_t index) {
+  const long long i = index;
+  if (tensor.param_format >= kNumFormats || tensor.grad_format >= kNumFormats ||
+      tensor.master >= kNumMasters) {
+    fail("tensor %lld: unknown tag among parameter %d, gradient %d, master %d", i, tensor.param_format,
+         tensor.grad_format, tensor.master);
+  }
+  if (select_update(tensor).kernel == nullptr) {
+    fail(
+        "tensor %lld: no update kernel for %s parameters with %s gradients, master \"%s\" and moments tag "
+        "%d: "
+        "fp64 goes with fp64 alone, and only 16-bit parameters have masters; convert the gradients",
+        i, kFormatNames[tensor.param_format], kFormatNames[tensor.grad_format], kMasterNames[tensor.master],
+        tensor.moments);
+  }
+}
+
+void check_placement(const fs_call& call, int64_t index) {
+  const fs_tensor& tensor = call.tensors[index];
+  const long long i = index;
+  if (tensor.group < 0 || tensor.group >= call.num_groups) {
+    fail("tensor %lld: group must be in [0, %lld), got %d", i, static_cast<long long>(call.num_groups),
+         tensor.group);
+  }
+  if (tensor.arena < 0 || tensor.arena >= call.num_arenas) {
+    fail("tensor %lld: arena must be in [0, %lld), got %d", i, static_cast<long long>(call.num_arenas),
+         tensor.arena);
+  }
+  const fs_arena& arena = call.arenas[tensor.arena];
+  const bool needed[kNumSlots] = {true, true, tensor.amsgrad != 0, tensor.master != kMasterNone};
+  for (int slot = 0; slot < kNumSlots; ++slot) {
+    if (needed[slot] && (arena.slot[slot] == 0 || arena.slot[slot] % 16 != 0)) {
+      fail("tensor %lld: slot %d of arena %d must be a 16-byte aligned address, got 0x%llx", i, slot,
+           tensor.arena, static_cast<unsigned long long>(arena.slot[slot]));
+    }
+  }
+  if (tensor.state_offset < 0 || tensor.state_offset % kPadding != 0 ||
+      tensor.state_offset / kPadding > UINT32_MAX) {
+    fail("tensor %lld: state_offset must be a multiple of %d in [0, 2^40), got %lld", i,
+         static_cast<int>(kPadding), static_cast<long long>(tensor.state_offset));
+  }
+  if (tensor.numel < 0 || tensor.numel >= kMaxElements) {
+    fail("tensor %lld: numel must be in [0, 2^39), got %lld", i, static_cast<long long>(tensor.numel));
+  }
+}
+
+// Everything is checked before the first launch, so that a refused call has changed nothing.
+void check_call(const fs_call& call) {
+  for (int64_t i = 0; i < call.num_tensors; ++i) {
+    check_formats(call.tensors[i], i);
+    check_placement(call, i);
+  }
+}
+
+// The update kernel's table under construction; launches when it is full.
+class UpdateLauncher {
+ public:
+  UpdateLauncher(fs_call& call, SelectedUpdate selected)
+      : call_(call), selected_(selected), table_(new UpdateTable) {
+    table_->scalars = call.scalars;
+    clear();
+  }
+
+  void add(int64_t index) {
+    const fs_tensor& tensor = call_.tensors[index];
+    const int64_t num_tiles = (tensor.numel + selected_.tile - 1) / selected_.tile;
+    if (table_->num_tensors == UpdateTable::kCapacity || num_tiles > kMaxTiles - table_->num_tiles) launch();
+    int arena = find_arena(tensor.arena);
+    if (arena == kMaxArenas) {
+      launch();
+      arena = 0;
+    }
+    if (arena == num_arenas_) {
+      arena_indices_[num_arenas_++] = tensor.arena;
+      table_->arena[arena] = call_.arenas[tensor.arena];
+    }
+    const int row = table_->num_tensors++;
+    table_->num_tiles += static_cast<int32_t>(num_tiles);
+    table_->param[row] = tensor.param;
+    table_->grad[row] = tensor.grad;
+    table_->state_block[row] = static_cast<uint32_t>(tensor.state_offset / kPadding);
+    table_->tile_end[row] = table_->num_tiles;
+    table_->row[row] = static_cast<int32_t>(index);
+    table_->last_tile_length[row] = static_cast<uint16_t>(tensor.numel - (num_tiles - 1) * selected_.tile);
+    table_->arena_index[row] = static_cast<uint8_t>(arena);
+  }
+
+  void launch() {
+    if (table_->num_tensors == 0) return;
+    const int resident =
+        resident_blocks(reinterpret_cast<const void*>(selected_.kernel), kUpdateThreads, call_.device);
+    const int num_blocks = table_->num_tiles < resident ? table_->num_tiles : resident;
+    FS_CUDA_CHECK(launch_kernel(selected_.kernel, num_blocks, kUpdateThreads, stream_of(call_), *table_));
+    ++call_.launches;
+    clear();
+  }
+
+ private:
+  void clear() {
+    table_->num_tensors = 0;
+    table_->num_tiles = 0;
+    num_arenas_ = 0;
+  }
+
+  // The arena's place in the table, or the first free place; kMaxArenas: neither.
+  int find_arena(int32_t index) const {
+    int place = 0;
+    while (place < num_arenas_ && arena_indices_[place] != index) ++place;
+    return place;
+  }
+
+  fs_call& call_;
+  const SelectedUpdate selected_;
+  const std::unique_ptr<UpdateTable> table_;
+  int32_t arena_indices_[kMaxArenas];  // of the call, by place in the table
+  int num_arenas_ = 0;
+};
+
+void update(fs_call& call) {
+  // One launcher per combination of formats that occurs, in order of first occurrence; tensors keep their
+  // order.
+  std::unique_ptr<UpdateLauncher> launchers[kNumCombinations];
+  std::vector<UpdateLauncher*> used;
+  for (int64_t i = 0; i < call.num_tensors; ++i) {
+    const fs_tensor& tensor = call.tensors[i];
+    if (tensor.numel == 0) continue;
+    std::unique_ptr<UpdateLauncher>& launcher = launchers[combination_of(tensor)];
+    if (!launcher) {
+      launcher.reset(new UpdateLauncher(call, select_update(tensor)));
+      used.push_back(launcher.get());
+    }
+    launcher->add(i);
+  }
+  for (UpdateLauncher* launcher : used) launcher->launch();
+}
+
+void clock(fs_call& call) {
+  const std::unique_ptr<ClockTable> table(new ClockTable);
+  table->clock = call.clock;
+  table->groups = call.groups;
+  table->values = call.values;
+  table->programs = call.programs;
+  table->found_inf = call.found_inf;
+  table->grad_scale = call.grad_scale;
+  table->num_groups = static_cast<int32_t>(call.num_groups);
+  table->tick = call.tick != 0;
+  resident_blocks(reinterpret_cast<const void*>(static_cast<Kernel<ClockTable>>(clock_kernel)), kClockThreads,
+                  call.device);
+  int64_t first = 0;
+  do {
+    const int64_t left = call.num_tensors - first;
+    table->num_rows = static_cast<int32_t>(left < ClockTable::kCapacity ? left : ClockTable::kCapacity);
+    table->begins_call = first == 0;
+    table->scalars = call.scalars + first;
+    for (int32_t row = 0; row < table->num_rows; ++row) {
+      const fs_tensor& tensor = call.tensors[first + row];
+      table->step[row] = tensor.step;
+      table->group[row] = tensor.group;
+      table->computes_in_double[row] = tensor.param_format == kFloat64;
+    }
+    FS_CUDA_CHECK(launch_kernel<ClockTable>(clock_kernel, 1, kClockThreads, stream_of(call), *table));
+    ++call.launches;
+    first += table->num_rows;
+  } while (first < call.num_tensors);
+}
+
+}  // namespace
+}  // namespace fused_sched
+
+using namespace fused_sched;
+
+int fs_clock(fs_call* call, char* error) {
+  return report_failure(error, [&] {
+    check_call(*call);
+    const DeviceGuard guard(call->device);
+    clock(*call);
+  });
+}
+
+int fs_update(fs_call* call, char* error) {
+  return report_failure(error, [&] {
+    check_call(*call);
+    const DeviceGuard guard(call->device);
+    update(*call);
+  });
+}
+
+int fs_device_count(int* count, char* error) {
+  *count = 0;
+  return report_failure(error, [&] { FS_CUDA_CHECK(cudaGetDeviceCount(count)); });
+}

@@ -1,0 +1,27 @@
+// The numbers of the CUDA path. tests/test_sass.py reads from the compiled code that they hold.
+#pragma once
+
+namespace fused_sched {
+
+// Four blocks of 256 threads per SM cap a thread at 64 registers: 128 KB of reads in flight per SM for fp32,
+// where an H200's bandwidth times latency asks for about 12 KB.
+constexpr int kUpdateThreads = 256;
+constexpr int kUpdateBlocksPerSm = 4;
+
+// 16 bytes of a 16-bit stream are 8 elements; 16 elements would spill at this register cap. In double two
+// elements fill 16 bytes.
+constexpr int kElementsPerThread = 8;
+constexpr int kElementsPerThreadFloat64 = 2;
+
+// One block runs the clock. Each of its warps pays for two double-precision powers, which consumer GPUs
+// compute at 1/64 of their float rate, so that more warps would cost them time: one warp per scheduler of an
+// SM.
+constexpr int kClockThreads = 128;
+
+// Limit of a kernel's parameters since CUDA 12.1 (sm_70 and later).
+constexpr int kMaxParameterBytes = 32764;
+
+// Arenas one launch can address. An optimizer has one per batch of parameters and precision.
+constexpr int kMaxArenas = 16;
+
+}  // namespace fused_sched

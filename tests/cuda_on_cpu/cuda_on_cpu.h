@@ -1,0 +1,77 @@
+// Runs the CUDA kernels of csrc/cuda on the CPU: included in place of <cuda_runtime.h> when the sources are
+// compiled by g++ with -DFS_CUDA_ON_CPU. Each CUDA thread is a fiber, so barriers are real, and the
+// sanitizers see every access: AddressSanitizer those out of bounds, UndefinedBehaviorSanitizer misaligned
+// vectors, ThreadSanitizer races between CUDA threads.
+//
+// Offered is what the kernels use: one-dimensional grids, __syncthreads, 16-byte and streaming accesses, and
+// the runtime calls of the launcher. Not modelled: warps, shared memory, atomics, several streams.
+#pragma once
+
+#include <stddef.h>
+
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+// The alignment is what a 16-byte access demands; may_alias because it is made on memory of other types.
+struct __attribute__((may_alias, aligned(16))) uint4 {
+  unsigned x, y, z, w;
+};
+
+template <class T>
+__forceinline__ T __ldcs(const T* address) {
+  return *address;
+}
+template <class T>
+__forceinline__ void __stcs(T* address, T value) {
+  *address = value;
+}
+
+// ---- the runtime: one function per call the launcher makes; each can be told to fail (see the .cpp) ----
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeRelaxed = 2 };
+using cudaStream_t = struct Stream*;
+struct cudaFuncAttributes {
+  int numRegs;
+};
+
+cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int num_threads,
+                                                          size_t shared_bytes);
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
+cudaError_t cudaGetLastError();
+const char* cudaGetErrorName(cudaError_t error);
+const char* cudaGetErrorString(cudaError_t error);
+
+namespace cuda_on_cpu {
+
+// Runs kernel() once per CUDA thread, block after block.
+cudaError_t launch(int num_blocks, int num_threads, cudaStream_t stream, const std::function<void()>& kernel);
+
+dim3 thread_index();
+dim3 block_index();
+dim3 block_size();
+dim3 grid_size();
+void synchronize_block(int line);
+
+}  // namespace cuda_on_cpu
+
+#define threadIdx (cuda_on_cpu::thread_index())
+#define blockIdx (cuda_on_cpu::block_index())
+#define blockDim (cuda_on_cpu::block_size())
+#define gridDim (cuda_on_cpu::grid_size())
+#define __syncthreads() cuda_on_cpu::synchronize_block(__LINE__)
