@@ -38,9 +38,9 @@ py::tuple layout(size_t itemsize, py::list fields) { return py::make_tuple(stati
 
 py::list hyperparameter_fields(const char* name, size_t offset) {
   py::list fields;
-  for (py::handle item : py::list(py::make_tuple(
-           FS_FIELD(Hyperparameter, scale), FS_FIELD(Hyperparameter, program_offset),
-           FS_FIELD(Hyperparameter, tensor), FS_FIELD(Hyperparameter, tensor_format)))) {
+  for (py::handle item :
+       py::list(py::make_tuple(FS_FIELD(Hyperparameter, scale), FS_FIELD(Hyperparameter, program_offset),
+                               FS_FIELD(Hyperparameter, tensor), FS_FIELD(Hyperparameter, tensor_format)))) {
     const py::tuple field = py::reinterpret_borrow<py::tuple>(item);
     fields.append(py::make_tuple(std::string(name) + "." + field[0].cast<std::string>(), field[1],
                                  field[2].cast<int>() + static_cast<int>(offset)));
@@ -130,8 +130,8 @@ PYBIND11_MODULE(FS_MODULE, module) {
   module.doc() = "fused_sched's compiled backend: see csrc/step.h for what the fields of a Call mean.";
 
   // Addresses and counts as Python integers.
-#define FS_ADDRESS(field)                                                        \
-  def_property(                                                                  \
+#define FS_ADDRESS(field)                                                                 \
+  def_property(                                                                           \
       #field, [](const fs_call& call) { return reinterpret_cast<uint64_t>(call.field); }, \
       [](fs_call& call, uint64_t address) { call.field = reinterpret_cast<decltype(call.field)>(address); })
   py::class_<fs_call>(module, "Call", py::module_local())
@@ -169,8 +169,7 @@ PYBIND11_MODULE(FS_MODULE, module) {
     run([&](char* error) { return fs_device_count(&count, error); });
     return count;
   });
-  module.def("evaluate", &evaluate_program, py::arg("program"), py::arg("steps"), py::arg("values"),
-             py::arg("count"));
+  module.def("evaluate", &evaluate_program, py::arg("program"), py::arg("steps"), py::arg("values"), py::arg("count"));
 
 #define FS_EXPORT(identifier, tag, name, ...) table[name] = tag;
   py::dict table;
@@ -192,8 +191,8 @@ PYBIND11_MODULE(FS_MODULE, module) {
   module.attr("LAYOUTS") = layouts();
   module.attr("PADDING") = static_cast<int>(kPadding);
   module.attr("SLOTS") = py::make_tuple("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master");
-  module.attr("GROUP_FLAGS") =
-      py::dict(py::arg("decoupled") = static_cast<int>(kGroupDecoupled), py::arg("maximize") = static_cast<int>(kGroupMaximize));
+  module.attr("GROUP_FLAGS") = py::dict(py::arg("decoupled") = static_cast<int>(kGroupDecoupled),
+                                        py::arg("maximize") = static_cast<int>(kGroupMaximize));
 
 #if defined(FS_CPU_MODULE)
   module.def("instruction_sets", [] {

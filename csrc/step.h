@@ -23,15 +23,15 @@ enum { kPadding = 256 };
 struct fs_tensor {
   uint64_t param;
   uint64_t grad;
-  uint64_t step;          // address of its StepRecord, on the device
+  uint64_t step;  // address of its StepRecord, on the device
   int64_t numel;
-  int64_t state_offset;   // elements into the arena, a multiple of kPadding
+  int64_t state_offset;  // elements into the arena, a multiple of kPadding
   int32_t arena;
   int32_t group;
-  uint8_t param_format;   // Format
-  uint8_t grad_format;    // Format
-  uint8_t master;         // Master
-  uint8_t moments;        // Moments
+  uint8_t param_format;  // Format
+  uint8_t grad_format;   // Format
+  uint8_t master;        // Master
+  uint8_t moments;       // Moments
   uint8_t amsgrad;
   uint8_t reserved[3];
 };
@@ -54,8 +54,8 @@ struct fs_call {
   int32_t tick;
   int32_t device;
   uint64_t stream;
-  int32_t num_threads;               // CPU only
-  int32_t launches;                  // out: kernels or parallel loops started
+  int32_t num_threads;  // CPU only
+  int32_t launches;     // out: kernels or parallel loops started
 };
 
 // Each returns 0, or non-zero after writing what failed, where, and CUDA's name for it into `error`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ class Engine(Protocol):
     def push(self, settings: Sequence[GroupSettings], lr_tensors: Sequence[torch.Tensor | None]) -> None:
         """Make these settings the device's."""
 
-    def prepare(self, works: Sequence[Work]) -> None:
-        """Check and lay out a call's tensors; raises before anything has changed."""
+    def lay_out(self, works: Sequence[Work]) -> None:
+        """Prepare for calls with these tensors, which have been checked and have their state."""
 
-    def step(
-        self, tick: bool, found_inf: torch.Tensor | None = None, grad_scale: torch.Tensor | None = None
-    ) -> None:
+    def rebind(self, grads: Sequence[torch.Tensor]) -> bool:
+        """Prepare for a call with the same parameters again; False if they must be laid out anew."""
+
+    def step(self, tick: bool, found_inf: torch.Tensor | None = None, grad_scale: torch.Tensor | None = None) -> None:
         """Apply the prepared call."""
 
     def read_clock(self) -> int:
@@ -65,7 +66,6 @@ class CompiledEngine:
         self._lr_copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (device buffer, the user's tensor elsewhere)
         self._lr_tensors: list[torch.Tensor | None] = []
         self._plan: Plan | None = None
-        self._works: list[Work] = []
         self._inputs: list[torch.Tensor] = []
 
     # -- settings ------------------------------------------------------------------------------------------
@@ -144,32 +144,21 @@ class CompiledEngine:
 
     # -- the call ------------------------------------------------------------------------------------------
 
-    def prepare(self, works: Sequence[Work]) -> None:
-        plan = self._plan
-        reusable = plan is not None and len(plan.works) == len(works) and all(
-            a.param is b.param and a.entry is b.entry and a.group == b.group
-            for a, b in zip(plan.works, works, strict=True)
-        )
-        grads = [w.grad for w in works]
-        if not reusable or plan is None or not plan.bind(grads):
-            for w in works:
-                packing.check_work(w.param, w.grad)
-            plan = Plan(works, self.backend)
-            plan.bind(grads)
-            self._plan = plan
+    def lay_out(self, works: Sequence[Work]) -> None:
+        plan = self._plan = Plan(works, self.backend)
+        plan.bind([w.grad for w in works])
         self._call.tensors = plan.rows.ctypes.data
         self._call.num_tensors = len(plan.rows)
         self._call.arenas = plan.arenas.ctypes.data
         self._call.num_arenas = len(plan.arenas)
         if self._scalars.numel() < len(works) * self._scalar_bytes:
-            self._scalars = torch.zeros(
-                2 * len(works) * self._scalar_bytes, dtype=torch.uint8, device=self.device
-            )
+            self._scalars = torch.zeros(2 * len(works) * self._scalar_bytes, dtype=torch.uint8, device=self.device)
             self._call.scalars = self._scalars.data_ptr()
 
-    def step(
-        self, tick: bool, found_inf: torch.Tensor | None = None, grad_scale: torch.Tensor | None = None
-    ) -> None:
+    def rebind(self, grads: Sequence[torch.Tensor]) -> bool:
+        return self._plan is not None and self._plan.bind(grads)
+
+    def step(self, tick: bool, found_inf: torch.Tensor | None = None, grad_scale: torch.Tensor | None = None) -> None:
         self._inputs = []
         self._call.found_inf = self._address_of(found_inf)
         self._call.grad_scale = self._address_of(grad_scale)

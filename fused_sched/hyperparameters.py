@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ _WITH_REFERENCE = ("lr", "weight_decay")
 
 #: Updates at which a beta schedule is probed when constructed: densely where schedules usually have their
 #: phases, then ever more sparsely.
-_PROBES = [*range(0, 2048), *(2**k + j for k in range(11, 41) for j in (-1, 0, 1))]
+_PROBES = [*range(2048), *(2**k + j for k in range(11, 41) for j in (-1, 0, 1))]
 
 #: Options of torch's Adam that this optimizer has no use for, and what to do instead.
 TORCH_ONLY = {
@@ -53,6 +54,30 @@ class GroupSettings(NamedTuple):
     maximize: bool
 
 
+#: Options whose values decide a group's settings.
+_READ = ("lr", "lr_reference", "betas", "eps", "weight_decay", "weight_decay_reference", "decoupled_weight_decay",
+         "maximize", "master", "moments")  # fmt: skip
+
+
+@dataclass
+class GroupRecord:
+    """A param group and the schedules that drive it; the group itself holds only numbers and names."""
+
+    group: dict[str, Any]
+    schedules: dict[str, Schedule]
+    _read_from: tuple[Any, ...] | None = None
+    _settings: GroupSettings | None = None
+
+    def settings(self, grad_divisor: float) -> GroupSettings:
+        """The group's settings as of now; raises where they are unusable."""
+        # A tensor's address may change behind an unchanged object, so it is never taken from the cache.
+        options = (*map(self.group.get, _READ), self.schedules, grad_divisor)
+        if self._settings is None or isinstance(options[0], torch.Tensor) or options != self._read_from:
+            self._settings = read_group(self.group, self.schedules, grad_divisor)
+            self._read_from = options
+        return self._settings
+
+
 def split_options(options: dict[str, Any]) -> dict[str, Schedule]:
     """Replace the Schedules among a group's options by their reference values, and return them by name.
 
@@ -66,7 +91,12 @@ def split_options(options: dict[str, Any]) -> dict[str, Schedule]:
     betas = options["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas must be a pair of numbers or Schedules, got {betas!r}")
-    values = {"lr": options["lr"], "beta1": betas[0], "beta2": betas[1], "weight_decay": options["weight_decay"]}
+    values = {
+        "lr": options["lr"],
+        "beta1": betas[0],
+        "beta2": betas[1],
+        "weight_decay": options["weight_decay"],
+    }
     for name, value in values.items():
         if isinstance(value, Schedule):
             check_schedule(name, value)
@@ -133,9 +163,7 @@ def check_grad_divisor(got: Any) -> float:
     return value
 
 
-def read_group(
-    group: Mapping[str, Any], schedules: Mapping[str, Schedule], grad_divisor: float
-) -> GroupSettings:
+def read_group(group: Mapping[str, Any], schedules: Mapping[str, Schedule], grad_divisor: float) -> GroupSettings:
     """A group's settings as of now; raises where they are unusable."""
     check_options(group)
     betas = group["betas"]
@@ -189,3 +217,25 @@ def _beta_source(name: str, value: float, schedules: Mapping[str, Schedule]) -> 
             f"use set_schedule(..., hyperparameter={name!r})"
         )
     return Source(1.0, schedule)
+
+
+def replaced(
+    group: Mapping[str, Any], schedules: Mapping[str, Schedule], name: str, new: Schedule | float
+) -> tuple[dict[str, Any], dict[str, Schedule]]:
+    """A group's changed options and its schedules after `set_schedule(new)`; raises if they are unusable."""
+    reference = new.reference if isinstance(new, Schedule) else float(new)
+    changed: dict[str, Any] = {}
+    if name in _WITH_REFERENCE:
+        scheduled = name in schedules and isinstance(new, Schedule)
+        ratio = _ratio(name, float(group[name]), group[f"{name}_reference"]) if scheduled else 1.0
+        changed[name] = reference * ratio
+        changed[f"{name}_reference"] = reference
+    else:
+        betas = list(group["betas"])
+        betas[("beta1", "beta2").index(name)] = reference
+        changed["betas"] = tuple(betas)
+    check_options({**group, **changed})
+    kept = {key: schedule for key, schedule in schedules.items() if key != name}
+    if isinstance(new, Schedule):
+        kept[name] = new
+    return changed, kept

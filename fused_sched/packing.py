@@ -7,6 +7,7 @@ reads pointers, dtypes and strides again, because gradients and parameters move.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,17 +103,13 @@ def _overlaps_itself(param: torch.Tensor) -> bool:
     return False
 
 
-def check_overlap(works: Sequence[Work]) -> None:
+def check_overlap(params: Sequence[torch.Tensor]) -> None:
     """Raise if two parameters share memory."""
-    spans = sorted(
-        (w.param.data_ptr(), w.param.data_ptr() + _extent_bytes(w.param), i)
-        for i, w in enumerate(works)
-        if w.param.numel() > 0
-    )
-    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+    spans = sorted((p.data_ptr(), p.data_ptr() + _extent_bytes(p), i) for i, p in enumerate(params) if p.numel() > 0)
+    for (_, end, first), (start, _, second) in pairwise(spans):
         if start >= end:
             continue
-        a, b = works[first].param, works[second].param
+        a, b = params[first], params[second]
         if not _share_elements(a, b):
             continue
         raise RuntimeError(
@@ -185,7 +182,7 @@ class Plan:
                 return False
         param_pointers = [p.data_ptr() for p in params]
         if param_pointers != self._param_pointers:
-            check_overlap(self.works)
+            check_overlap(params)
             self._param_pointers = param_pointers
         self.rows["param"] = param_pointers
         self.rows["grad"] = [g.data_ptr() for g in grads]
@@ -199,7 +196,10 @@ class Plan:
         for i in self._staged_grads:
             work = self.works[i]
             dense = torch.empty_strided(
-                work.param.shape, work.entry.layout.stride, dtype=self._grad_dtypes[i], device=work.param.device
+                work.param.shape,
+                work.entry.layout.stride,
+                dtype=self._grad_dtypes[i],
+                device=work.param.device,
             )
             dense.copy_(grads[i])
             self.rows["grad"][i] = dense.data_ptr()

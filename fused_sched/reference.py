@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-from . import packing
 from .backends import Backend
 from .hyperparameters import GroupSettings, Source
 from .packing import Work
@@ -50,18 +49,16 @@ class ReferenceEngine:
             self._lrs = torch.zeros(len(settings), dtype=torch.float64, device=self._values_device)
             self._lrs[: len(old)] = old
 
-    def prepare(self, works: Sequence[Work]) -> None:
-        for w in works:
-            packing.check_work(w.param, w.grad)
-        packing.check_overlap(works)
+    def lay_out(self, works: Sequence[Work]) -> None:
         self._works = list(works)
 
+    def rebind(self, grads: Sequence[torch.Tensor]) -> bool:
+        return False  # nothing is prepared, so there is nothing to reuse
+
     @torch.no_grad()
-    def step(
-        self, tick: bool, found_inf: torch.Tensor | None = None, grad_scale: torch.Tensor | None = None
-    ) -> None:
+    def step(self, tick: bool, found_inf: torch.Tensor | None = None, grad_scale: torch.Tensor | None = None) -> None:
         self._tick_pending |= tick
-        if found_inf is not None and not found_inf.item() == 0.0:
+        if found_inf is not None and found_inf.item() != 0.0:
             return
         self._clock += self._tick_pending
         self._tick_pending = False
@@ -81,9 +78,7 @@ class ReferenceEngine:
                 return source.scale * float(lr_tensor.item())
             return source.scale
 
-        return _Values(
-            value(settings.lr), value(settings.beta1), value(settings.beta2), value(settings.weight_decay)
-        )
+        return _Values(value(settings.lr), value(settings.beta1), value(settings.beta2), value(settings.weight_decay))
 
     @property
     def launches(self) -> int:
@@ -120,7 +115,9 @@ def _update(work: Work, settings: GroupSettings, values: _Values, grad_scale: fl
     grad = work.grad.detach().to(dtype) * (sign / (grad_scale * settings.grad_divisor))
     if layout.master == "fp32":
         weight = state["master"]
-        weight.copy_(torch.where(_same_bits(_encode_beside_master(weight, param.dtype), param), weight, param.to(dtype)))
+        weight.copy_(
+            torch.where(_same_bits(_encode_beside_master(weight, param.dtype), param), weight, param.to(dtype))
+        )
     else:
         weight = param.to(dtype, copy=True)
 

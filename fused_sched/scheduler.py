@@ -17,6 +17,8 @@ class ObservingScheduler(LRScheduler):
     process or per epoch, each in its own way; none of that changes the rate.
     """
 
+    optimizer: FusedScheduledAdam
+
     def __init__(self, optimizer: FusedScheduledAdam) -> None:
         # Not LRScheduler.__init__: it patches optimizer.step, adds "initial_lr" and writes group["lr"].
         self.optimizer = optimizer

@@ -7,6 +7,7 @@ a batch is freed when the last of its tensors is.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,7 +163,7 @@ class ParamState(dict[str, Any]):
         return ParamState(copy.deepcopy(dict(self), memo))
 
 
-class StateMap(dict[Any, Any]):
+class StateMap(defaultdict[Any, Any]):
     """`optimizer.state`: a missing parameter gets an empty ParamState; assigned dicts become one."""
 
     def __init__(self, items: Mapping[Any, Any] | None = None) -> None:
@@ -219,7 +220,8 @@ def dense_stride(tensor: torch.Tensor) -> tuple[int, ...]:
         return tensor.stride()
     expected = 1
     for size, stride in sorted(
-        ((n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1), key=lambda pair: pair[1]
+        ((n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1),
+        key=lambda pair: pair[1],
     ):
         if stride != expected:
             return torch.empty(tensor.shape, device="meta").stride()
@@ -238,7 +240,11 @@ def same_order(a: tuple[int, ...], b: tuple[int, ...], shape: Sequence[int]) -> 
 
 
 def _carve(
-    storage: torch.UntypedStorage, start: int, layout_shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype
+    storage: torch.UntypedStorage,
+    start: int,
+    layout_shape: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """A tensor with its own storage over part of another, which it keeps alive."""
     numel = torch.Size(layout_shape).numel()

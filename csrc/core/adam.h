@@ -12,22 +12,22 @@
 FS_NAMESPACE_BEGIN
 
 enum StepFlags : int32_t {
-  kSkip = 1,              // found_inf: change nothing
-  kDecoupledDecay = 2,    // w -= decay * w
-  kL2Decay = 4,           // g += decay * w
-  kFirstFromGrad = 8,     // beta1 < 0.5: see moving_average
-  kSecondFromGrad = 16,   // beta2 < 0.5
+  kSkip = 1,             // found_inf: change nothing
+  kDecoupledDecay = 2,   // w -= decay * w
+  kL2Decay = 4,          // g += decay * w
+  kFirstFromGrad = 8,    // beta1 < 0.5: see moving_average
+  kSecondFromGrad = 16,  // beta2 < 0.5
 };
 
 // Everything about the step that one tensor's elements share; computed once in double, rounded once to T.
 template <class T>
 struct StepScalars {
   T grad_factor;
-  T decay;             // lr * weight_decay if decoupled, weight_decay if L2
-  T first_rate;        // 1 - beta1, or -beta1 with kFirstFromGrad
-  T second_rate;       // 1 - beta2, or -beta2 with kSecondFromGrad
-  T step_size;         // lr / (1 - beta1^t)
-  T inv_sqrt_bias2;    // 1 / sqrt(1 - beta2^t)
+  T decay;           // lr * weight_decay if decoupled, weight_decay if L2
+  T first_rate;      // 1 - beta1, or -beta1 with kFirstFromGrad
+  T second_rate;     // 1 - beta2, or -beta2 with kSecondFromGrad
+  T step_size;       // lr / (1 - beta1^t)
+  T inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^t)
   T eps;
   int32_t flags;
 };
@@ -43,8 +43,7 @@ FS_HD T moving_average(T old_value, T new_value, T distance, T rate, bool from_n
 
 // kAmsgrad: the denominator uses the largest second moment seen so far.
 template <bool kAmsgrad, class T>
-FS_HD void adam_update(T& weight, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq, T grad,
-                       const StepScalars<T>& s) {
+FS_HD void adam_update(T& weight, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq, T grad, const StepScalars<T>& s) {
   T g = grad * s.grad_factor;
   g = (s.flags & kL2Decay) ? multiply_add(s.decay, weight, g) : g;
   const T w = (s.flags & kDecoupledDecay) ? multiply_add(-s.decay, weight, weight) : weight;

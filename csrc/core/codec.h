@@ -6,15 +6,15 @@
 #include "platform.h"
 
 // Element formats: X(identifier, tag, name, type). Tags are in checkpoints: never renumber one.
-#define FS_FORMATS(X)                \
-  X(kFloat32, 0, "fp32", Float32)    \
-  X(kBfloat16, 1, "bf16", Bfloat16)  \
-  X(kFloat16, 2, "fp16", Float16)    \
+#define FS_FORMATS(X)               \
+  X(kFloat32, 0, "fp32", Float32)   \
+  X(kBfloat16, 1, "bf16", Bfloat16) \
+  X(kFloat16, 2, "fp16", Float16)   \
   X(kFloat64, 3, "fp64", Float64)
 
 // Where the exact value of a 16-bit parameter is kept: X(identifier, tag, name).
-#define FS_MASTERS(X)          \
-  X(kMasterNone, 0, "none")    \
+#define FS_MASTERS(X)       \
+  X(kMasterNone, 0, "none") \
   X(kMasterFloat32, 1, "fp32")
 
 // How the two moments are kept: X(identifier, tag, name).

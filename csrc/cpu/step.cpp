@@ -34,9 +34,7 @@ class DefaultFloatEnvironment {
 // fp32 parameters take about 30 us), small enough to balance a model of many small tensors.
 constexpr int64_t kRunLength = 32768;
 
-constexpr int64_t bytes_per_element(int32_t format) {
-  return format == kFloat64 ? 8 : format == kFloat32 ? 4 : 2;
-}
+constexpr int64_t bytes_per_element(int32_t format) { return format == kFloat64 ? 8 : format == kFloat32 ? 4 : 2; }
 
 template <class Pointer>
 Pointer address(uint64_t base, int64_t bytes) {

@@ -28,10 +28,8 @@ template <class T>
 const T* as_compute(const void* source, int32_t format, int64_t first, int64_t count, T* tile) {
   if (format == format_of<T>()) return static_cast<const T*>(source) + first;
   switch (format) {
-#define FS_DECODE(identifier, tag, name, Codec)           \
-  case identifier:                                        \
-    decode_tile<Codec, T>(source, first, count, tile);    \
-    break;
+#define FS_DECODE(identifier, tag, name, Codec) \
+  case identifier: decode_tile<Codec, T>(source, first, count, tile); break;
     FS_FORMATS(FS_DECODE)
 #undef FS_DECODE
   }
@@ -60,9 +58,8 @@ constexpr int kAnyFlags = -1;
 
 // kFlags known at compile time removes the selects of the three usual steps; kAnyFlags keeps them.
 template <bool kAmsgrad, int kFlags, class T>
-void update_elements(T* __restrict weight, const T* __restrict grad, T* __restrict exp_avg,
-                     T* __restrict exp_avg_sq, T* __restrict max_exp_avg_sq, int64_t count,
-                     StepScalars<T> scalars) {
+void update_elements(T* __restrict weight, const T* __restrict grad, T* __restrict exp_avg, T* __restrict exp_avg_sq,
+                     T* __restrict max_exp_avg_sq, int64_t count, StepScalars<T> scalars) {
   if (kFlags != kAnyFlags) scalars.flags = kFlags;
   T unused = 0;
   for (int64_t i = 0; i < count; ++i) {

@@ -1,0 +1,135 @@
+"""All devices of one optimizer: which engine runs which parameters, and one clock over them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from . import backends, packing
+from . import state as states
+from .engine import CompiledEngine, Engine
+from .hyperparameters import GroupSettings
+from .packing import Work
+from .reference import ReferenceEngine
+
+
+class Call(NamedTuple):
+    """What one call of step() updates: parameters, their gradients, and the index of each one's group."""
+
+    params: list[torch.Tensor]
+    grads: list[torch.Tensor]
+    groups: list[int]
+
+
+#: Functions that call step() only to make an optimizer allocate its state: (name, start of the module's name).
+_DRY_RUNS = (
+    ("initialize_optimizer_states", "deepspeed"),
+    ("_init_optim_state", "torch.distributed.checkpoint"),
+)
+
+
+class Devices:
+    """Engines by device, and the call they are prepared for."""
+
+    def __init__(self, backend: str, clock: int) -> None:
+        backends.check_name(backend)
+        self.backend = backend
+        self.engines: dict[torch.device, Engine] = {}
+        self._initial_clock = clock
+        self._mirror = clock  # T as the host knows it
+        self._mirror_is_exact = True  # false once a device was told to skip if found_inf
+        self._prepared_for: tuple[Any, ...] | None = None
+        self._routes: list[tuple[Engine, list[int]]] = []
+
+    def engine(self, device: torch.device) -> Engine:
+        """The engine of a device, made when first needed, with the others' clock."""
+        engine = self.engines.get(device)
+        if engine is None:
+            backend = backends.select(self.backend, device)
+            engine = ReferenceEngine(backend, device) if backend.module is None else CompiledEngine(backend, device)
+            engine.write_clock(self.read_clock())
+            self.engines[device] = engine
+        return engine
+
+    @property
+    def first(self) -> Engine | None:
+        return next(iter(self.engines.values()), None)
+
+    def rebind(self, call: Call, options: Sequence[Mapping[str, Any]]) -> bool:
+        """Prepare for a call like the last one; False if its tensors must be laid out anew."""
+        if _key(call, options) != self._prepared_for:
+            return False
+        return all(engine.rebind([call.grads[i] for i in indices]) for engine, indices in self._routes)
+
+    def lay_out(self, state: states.StateMap, call: Call, options: Sequence[Mapping[str, Any]]) -> None:
+        """Check the tensors of a call, then make their state and the engines' tables ready for it.
+
+        Nothing has been changed when this raises.
+        """
+        self._prepared_for = None
+        for p, g in zip(call.params, call.grads, strict=True):
+            packing.check_work(p, g)
+        packing.check_overlap(call.params)
+        layouts = [states.Layout.of(p, options[i]) for p, i in zip(call.params, call.groups, strict=True)]
+        for device in dict.fromkeys(p.device for p in call.params):
+            self.engine(device)
+        states.ensure(state, call.params, layouts)
+        works = [Work(p, g, i, state[p].entry) for p, g, i in zip(*call, strict=True)]
+        self._routes = []
+        # Also those without a tensor in this call: their clocks tick with the others.
+        for device, engine in self.engines.items():
+            indices = [i for i, p in enumerate(call.params) if p.device == device]
+            engine.lay_out([works[i] for i in indices])
+            self._routes.append((engine, indices))
+        self._prepared_for = _key(call, options)
+
+    def push(self, settings: Sequence[GroupSettings], lr_tensors: Sequence[torch.Tensor | None]) -> None:
+        for engine in self.engines.values():
+            engine.push(settings, lr_tensors)
+
+    def step(self, tick: bool, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None) -> None:
+        """Apply the prepared call on every device."""
+        for engine in self.engines.values():
+            engine.step(tick, found_inf, grad_scale)
+        self._mirror += tick
+        self._mirror_is_exact &= found_inf is None
+
+    def read_clock(self) -> int:
+        """T, exact; waits for the first device."""
+        if self.first is None:
+            return self._initial_clock
+        self._mirror, self._mirror_is_exact = self.first.read_clock(), True
+        return self._mirror
+
+    def peek_clock(self) -> int:
+        """T without waiting for a CUDA device, unless only the device can know whether a step was skipped."""
+        if self._mirror_is_exact and self.first is not None and self.first.device.type == "cuda":
+            return self._mirror
+        return self.read_clock()
+
+    def write_clock(self, step: int) -> None:
+        for engine in self.engines.values():
+            engine.write_clock(step)
+        self._initial_clock = self._mirror = step
+        self._mirror_is_exact = True
+
+
+def _key(call: Call, options: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+    """What must be equal for a prepared call to serve again; the tensors are looked at apart."""
+    layout_options = [(o["master"], o["moments"], o["amsgrad"]) for o in options]
+    return [id(p) for p in call.params], call.groups, layout_options
+
+
+def called_for_allocation() -> bool:
+    """Whether some caller steps only to have the state allocated. Never judged by lr == 0 or zero gradients."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        for function, prefix in _DRY_RUNS:
+            if frame.f_code.co_name == function and module.startswith(prefix):
+                return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
