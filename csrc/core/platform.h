@@ -96,13 +96,11 @@ FS_HD float multiply_add(float a, float b, float c) {
   const double addend_part = sum - product;
   const double error = (product - (sum - addend_part)) + (addend - addend_part);
   const uint64_t sum_bits = bits_of(sum);
-  // A NaN or infinite error only arises from a NaN or infinite sum, which must stay as it is.
-  const bool finite = (sum_bits & 0x7ff0000000000000ull) != 0x7ff0000000000000ull;
-  const bool inexact_and_even = finite & (error != 0.0) & ((sum_bits & 1u) == 0);
-  // Towards the error: away from zero when sum and error have one sign, else towards zero.
-  const bool away = (error > 0.0) == (sum > 0.0);
-  const uint64_t odd_bits = away ? sum_bits + 1 : sum_bits - 1;
-  return static_cast<float>(double_of(inexact_and_even ? odd_bits : sum_bits));
+  // To odd: cut off towards zero, then let the last bit say that something was cut. An infinite or NaN sum has
+  // a NaN error, which compares false. Only operations that SSE2 has for vectors.
+  const uint64_t inexact = static_cast<uint64_t>(error < 0.0) | static_cast<uint64_t>(error > 0.0);
+  const uint64_t beyond = ((bits_of(error) ^ sum_bits) >> 63) & inexact;
+  return static_cast<float>(double_of((sum_bits - beyond) | inexact));
 #endif
 }
 
