@@ -197,8 +197,8 @@ def unpack(program: bytes) -> Tree:
     table = struct.unpack_from(f"<{table_length}d", program, expected - 8 * table_length)
     records = list(_NODE.iter_unpack(program[_HEADER.size : _HEADER.size + num_nodes * _NODE.size]))
     tree, end = _unpack_node(records, table, 0, 1)
-    if end != num_nodes:
-        raise ValueError("invalid schedule program: it has nodes outside its tree")
+    if end != num_nodes or pack(tree) != program:
+        raise ValueError("invalid schedule program: it is not as pack writes one")
     return tree
 
 

@@ -80,7 +80,7 @@ SHAPES: dict[str, Callable[[Curve, float], float]] = {
     "exponential": lambda node, u: power(node.p, u),
     "logarithm": lambda node, u: node.p * _logarithm(u),
     "tanh": lambda node, u: 0.5 * (1.0 - math.tanh(node.p + (node.q - node.p) * u)),
-    "table": lambda node, u: node.table[int(_clamp(math.floor(u), 0, len(node.table) - 1))],
+    "table": lambda node, u: node.table[int(min(u, len(node.table) - 1)) if u > 0.0 else 0],
 }
 if set(SHAPES) != set(CURVES):
     raise ImportError(f"reference_schedule has formulas for {sorted(SHAPES)}, program.py names {sorted(CURVES)}")
@@ -134,10 +134,6 @@ def cos_pi(x: float) -> float:
     a = math.fmod(abs(x), 2.0)
     if a > 1.0:
         a = 2.0 - a
-    return (
-        math.cos(math.pi * a)
-        if a <= 0.25
-        else math.sin(math.pi * (0.5 - a))
-        if a < 0.75
-        else -math.cos(math.pi * (1.0 - a))
-    )
+    if a <= 0.25:
+        return math.cos(math.pi * a)
+    return math.sin(math.pi * (0.5 - a)) if a < 0.75 else -math.cos(math.pi * (1.0 - a))

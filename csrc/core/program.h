@@ -14,8 +14,7 @@
 
 #include "platform.h"
 
-// Curve shapes s(u): X(identifier, tag, name, type with the formula). Tags are in checkpoints: never
-// renumber.
+// Curve shapes s(u): X(identifier, tag, name, type with the formula). Tags are in checkpoints: never renumber.
 #define FS_CURVES(X)                                       \
   X(kCurveConstant, 0, "constant", ConstantCurve)          \
   X(kCurvePower, 1, "power", PowerCurve)                   \
@@ -113,8 +112,7 @@ struct Node {
   };
 };
 
-static_assert(sizeof(ProgramHeader) == 24 && sizeof(Node) == 128,
-              "fused_sched/program.py packs these layouts");
+static_assert(sizeof(ProgramHeader) == 24 && sizeof(Node) == 128, "fused_sched/program.py packs these layouts");
 static_assert(offsetof(Node, as_curve) == 32 && offsetof(Node, as_clamp) == 32, "likewise");
 
 #if !defined(__CUDA_ARCH__)
@@ -128,8 +126,8 @@ inline bool is_count(double x) { return x >= 0.0 && is_finite(x) && floor(x) == 
 
 inline const char* check_curve(const Node& node) {
   const CurveParameters& c = node.as_curve;
-  if (!is_finite(c.origin) || !is_finite(c.exponent) || !is_finite(c.p) || !is_finite(c.q) ||
-      !is_finite(c.offset) || !is_finite(c.scale)) {
+  if (!is_finite(c.origin) || !is_finite(c.exponent) || !is_finite(c.p) || !is_finite(c.q) || !is_finite(c.offset) ||
+      !is_finite(c.scale)) {
     return "a parameter of a curve is not finite";
   }
   if (!(c.limit > -HUGE_VAL)) return "the limit of a curve is not a number of steps";
@@ -143,8 +141,7 @@ inline const char* check_curve(const Node& node) {
 }
 
 inline const char* check_join(const Node& node, const double* table) {
-  if (node.table_length != 2 * node.num_children - 1)
-    return "a join has not one origin per child and one end fewer";
+  if (node.table_length != 2 * node.num_children - 1) return "a join has not one origin per child and one end fewer";
   for (int32_t i = 1; i < node.num_children - 1; ++i) {
     if (table[i] < table[i - 1]) return "the ends of a join are not in order";
   }
@@ -157,8 +154,7 @@ inline const char* check_repeat(const RepeatParameters& r) {
   if (!is_finite(r.gain)) return "the gain of a repeat is not finite";
   if (!is_count(r.times)) return "the times of a repeat are not a count";
   if (r.growth == 1.0 || (r.times > 0.0 && r.times <= kMaxCycles)) return nullptr;
-  return r.times == 0.0 && r.growth >= kMinGrowth ? nullptr
-                                                  : "a repeat with growing cycles has too many of them";
+  return r.times == 0.0 && r.growth >= kMinGrowth ? nullptr : "a repeat with growing cycles has too many of them";
 }
 
 inline const char* check_clock(const ClockParameters& c) {
@@ -173,6 +169,7 @@ inline const char* check_clamp(const ClampParameters& c) {
 
 // One node by itself: `table` is the program's, whose entries are known to be finite.
 inline const char* check_node(const Node& node, const double* table, int32_t table_length) {
+  if (node.num_children < 0 || node.num_children > kMaxNodes) return "the number of children is out of range";
   if (node.reserved != 0) return "a reserved field of a node is set";
   if (node.table_begin < 0 || node.table_length < 0 || node.table_begin > table_length - node.table_length) {
     return "a node's table lies outside the program's";
@@ -183,13 +180,11 @@ inline const char* check_node(const Node& node, const double* table, int32_t tab
     return (FS_CURVES(FS_CASE) false) ? check_curve(node) : "unknown curve";
 #undef FS_CASE
   }
-  if (node.kind != kNodeJoin && node.table_length != 0)
-    return "a node that is neither table nor join has a table";
+  if (node.kind != kNodeJoin && node.table_length != 0) return "a node that is neither table nor join has a table";
   if (node.curve != 0 || node.complement != 0) return "a node that is not a curve names one";
   const bool one_child = node.num_children == 1;
   switch (node.kind) {
-    case kNodeJoin:
-      return node.num_children >= 1 ? check_join(node, table + node.table_begin) : "a join is empty";
+    case kNodeJoin: return node.num_children >= 1 ? check_join(node, table + node.table_begin) : "a join is empty";
     case kNodeProduct:
     case kNodeSum: return node.num_children >= 1 ? nullptr : "a product or sum is empty";
     case kNodeRepeat: return one_child ? check_repeat(node.as_repeat) : "a repeat has not exactly one child";
@@ -211,8 +206,7 @@ inline const char* check_tree(const Node* nodes, int32_t num_nodes) {
     while (depth > 0 && open[depth - 1].end == i) {
       if (open[--depth].missing_children != 0) return "a node has fewer children than it says";
     }
-    if (depth == 0 ? i != 0 : --open[depth - 1].missing_children < 0)
-      return "a node has more children than it says";
+    if (depth == 0 ? i != 0 : --open[depth - 1].missing_children < 0) return "a node has more children than it says";
     const int32_t outer_end = depth > 0 ? open[depth - 1].end : num_nodes;
     if (nodes[i].end <= i || nodes[i].end > outer_end) return "a subtree ends outside its parent";
     if (depth == kMaxDepth) return "the tree is too deep";
@@ -234,11 +228,9 @@ inline const char* validate_program(const unsigned char* bytes, int64_t size) {
   if (header.version != kProgramVersion) return "the program has another version than this build reads";
   if (header.num_nodes < 1 || header.num_nodes > kMaxNodes) return "the number of nodes is out of range";
   if (header.table_length < 0) return "the table length is negative";
-  const int64_t expected = static_cast<int64_t>(sizeof(ProgramHeader)) +
-                           header.num_nodes * int64_t{sizeof(Node)} +
+  const int64_t expected = static_cast<int64_t>(sizeof(ProgramHeader)) + header.num_nodes * int64_t{sizeof(Node)} +
                            header.table_length * int64_t{sizeof(double)};
-  if (header.total_bytes != expected || size != expected)
-    return "the program has another size than its header says";
+  if (header.total_bytes != expected || size != expected) return "the program has another size than its header says";
   const Node* nodes = reinterpret_cast<const Node*>(bytes + sizeof(ProgramHeader));
   const double* table = reinterpret_cast<const double*>(nodes + header.num_nodes);
   for (int32_t i = 0; i < header.table_length; ++i) {

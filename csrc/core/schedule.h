@@ -31,9 +31,7 @@ struct ConstantCurve {
   static FS_HD_CALL double shape(const Node&, double, const double*) { return 1.0; }
 };
 struct PowerCurve {
-  static FS_HD_CALL double shape(const Node& node, double u, const double*) {
-    return power(u, node.as_curve.p);
-  }
+  static FS_HD_CALL double shape(const Node& node, double u, const double*) { return power(u, node.as_curve.p); }
 };
 struct CosineCurve {
   static FS_HD_CALL double shape(const Node& node, double u, const double*) {
@@ -41,14 +39,10 @@ struct CosineCurve {
   }
 };
 struct ExponentialCurve {
-  static FS_HD_CALL double shape(const Node& node, double u, const double*) {
-    return power(node.as_curve.p, u);
-  }
+  static FS_HD_CALL double shape(const Node& node, double u, const double*) { return power(node.as_curve.p, u); }
 };
 struct LogarithmCurve {
-  static FS_HD_CALL double shape(const Node& node, double u, const double*) {
-    return node.as_curve.p * logarithm(u);
-  }
+  static FS_HD_CALL double shape(const Node& node, double u, const double*) { return node.as_curve.p * logarithm(u); }
 };
 struct TanhCurve {
   static FS_HD_CALL double shape(const Node& node, double u, const double*) {
@@ -58,7 +52,10 @@ struct TanhCurve {
 };
 struct TableCurve {
   static FS_HD_CALL double shape(const Node& node, double u, const double* table) {
-    return table[static_cast<int64_t>(clamp(floor(u), 0.0, static_cast<double>(node.table_length - 1)))];
+    double index = floor(u);
+    if (!(index > 0.0)) index = 0.0;  // a NaN included: it must not become an address
+    const double last = static_cast<double>(node.table_length - 1);
+    return table[static_cast<int64_t>(index > last ? last : index)];
   }
 };
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .. import program
 from ..program import Clamp, Clock, Join, Repeat, Tree
@@ -53,7 +54,7 @@ class join(Schedule):
                 f"join: boundaries must be one fewer than schedules, got {len(starts)} for {len(phases)}; "
                 "the first phase begins at step 0 by itself"
             )
-        if any(later <= earlier for earlier, later in zip(starts, starts[1:], strict=False)):
+        if any(later <= earlier for earlier, later in pairwise(starts)):
             raise ValueError(
                 f"join: boundaries must increase, got {list(starts)}; they are counted from step 0, not from the "
                 "phase before"
@@ -102,65 +103,65 @@ class Product(Schedule, word="product"):
 
 @dataclass(frozen=True)
 class Scaled(Schedule, word="scaled"):
-    """`f(t) = factor * schedule(t)`; written `s.scaled(c)`."""
+    """`f(t) = factor * inner(t)`; written `s.scaled(c)`."""
 
-    schedule: Schedule
+    inner: Schedule
     factor: float
 
     def __post_init__(self) -> None:
-        _check_schedule("scaled", "schedule", self.schedule)
+        _check_schedule("scaled", "the schedule", self.inner)
         set_fields(self, factor=checks.number("scaled", "factor", self.factor))
 
     def __repr__(self) -> str:
-        return f"{self.schedule!r}.scaled({self.factor!r})"
+        return f"{self.inner!r}.scaled({self.factor!r})"
 
     def lower(self) -> Tree:
-        return Clamp(self.schedule.lower(), scale=self.factor)
+        return Clamp(self.inner.lower(), scale=self.factor)
 
     def held_from(self) -> int | None:
-        return self.schedule.held_from()
+        return self.inner.held_from()
 
     def extremes(self, length: int | None) -> set[int]:
-        return self.schedule.extremes(length)
+        return self.inner.extremes(length)
 
 
 @dataclass(frozen=True)
 class Shifted(Schedule, word="shifted"):
-    """`f(t) = schedule(max(0, t - steps))`; written `s.shifted(n)`."""
+    """`f(t) = inner(max(0, t - steps))`; written `s.shifted(n)`."""
 
-    schedule: Schedule
+    inner: Schedule
     steps: int
 
     def __post_init__(self) -> None:
-        _check_schedule("shifted", "schedule", self.schedule)
+        _check_schedule("shifted", "the schedule", self.inner)
         set_fields(self, steps=checks.step_count("shifted", "steps", self.steps, at_least=None))
 
     def __repr__(self) -> str:
-        return f"{self.schedule!r}.shifted({self.steps!r})"
+        return f"{self.inner!r}.shifted({self.steps!r})"
 
     def lower(self) -> Tree:
-        return Clock(self.schedule.lower(), addend=float(-self.steps))
+        return Clock(self.inner.lower(), addend=float(-self.steps))
 
     def held_from(self) -> int | None:
-        end = self.schedule.held_from()
+        end = self.inner.held_from()
         return None if end is None else max(0, end + self.steps) if end else 0
 
     def extremes(self, length: int | None) -> set[int]:
         inner = None if length is None else max(1, length - self.steps)
         # A step the shift has cut off is over before step 0, which then starts nearest to it.
-        return first_steps(length, *(max(0, s + self.steps) for s in self.schedule.extremes(inner)))
+        return first_steps(length, *(max(0, s + self.steps) for s in self.inner.extremes(inner)))
 
 
 @dataclass(frozen=True)
 class Repeated(Schedule, word="repeat"):
-    """`f(t) = schedule(t mod period)`, after `times` periods `schedule(period)`; written `s.repeat(period)`."""
+    """`f(t) = inner(t mod period)`, after `times` periods `inner(period)`; written `s.repeat(period)`."""
 
-    schedule: Schedule
+    inner: Schedule
     period: int
     times: int | None = None
 
     def __post_init__(self) -> None:
-        _check_schedule("repeat", "schedule", self.schedule)
+        _check_schedule("repeat", "the schedule", self.inner)
         set_fields(self, period=checks.step_count("repeat", "period", self.period))
         if self.times is not None:
             remedy = "times=None repeats for good"
@@ -168,18 +169,18 @@ class Repeated(Schedule, word="repeat"):
 
     def __repr__(self) -> str:
         times = "" if self.times is None else f", times={self.times!r}"
-        return f"{self.schedule!r}.repeat({self.period!r}{times})"
+        return f"{self.inner!r}.repeat({self.period!r}{times})"
 
     def lower(self) -> Tree:
-        return Repeat(self.schedule.lower(), period=float(self.period), times=float(self.times or 0))
+        return Repeat(self.inner.lower(), period=float(self.period), times=float(self.times or 0))
 
     def held_from(self) -> int | None:
-        if self.schedule.held_from() == 0:
+        if self.inner.held_from() == 0:
             return 0
         return None if self.times is None else self.period * self.times
 
     def extremes(self, length: int | None) -> set[int]:
-        steps = self.schedule.extremes(self.period if length is None else min(self.period, length))
+        steps = self.inner.extremes(self.period if length is None else min(self.period, length))
         if self.times is not None and (length is None or self.period * self.times < length):
             steps = steps | {self.period * self.times}
         return steps

@@ -195,7 +195,9 @@ class one_cycle(Recipe):
         checks.longer(word, self.total_steps, "warmup_steps", warmup_steps)
 
     def expand(self) -> Schedule:
-        assert self.warmup_steps is not None and self.start is not None and self.end is not None
+        assert self.warmup_steps is not None  # __post_init__ has filled in the defaults
+        assert self.start is not None
+        assert self.end is not None
         up = cosine(self.start, self.peak, self.warmup_steps)
         down = cosine(self.peak, self.end, self.total_steps - self.warmup_steps)
         return join([up, down], [self.warmup_steps])
