@@ -131,6 +131,7 @@ void check_placement(const fs_call& call, int64_t index) {
     fail("tensor %lld: group must be in [0, %lld), got %d", i, static_cast<long long>(call.num_groups),
          tensor.group);
   }
+  if (tensor.numel == 0) return;  // has no state
   if (tensor.arena < 0 || tensor.arena >= call.num_arenas) {
     fail("tensor %lld: arena must be in [0, %lld), got %d", i, static_cast<long long>(call.num_arenas),
          tensor.arena);

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -47,13 +48,18 @@ def library(sanitizer: str = "", csrc: Path = CSRC) -> Path:
 
 
 def load() -> ModuleType:
-    """Imports `_cuda_on_cpu`: csrc/binding.cpp over the CUDA sources."""
+    """Imports `_cuda_on_cpu`: csrc/binding.cpp over the CUDA sources.
+
+    Raises ImportError where there is no compiler; sources that do not compile are a RuntimeError.
+    """
     name = "_cuda_on_cpu"
     if name in sys.modules:
         return sys.modules[name]
     folder = CACHE / key(CSRC, [*FLAGS, sys.version])
     target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not target.exists():
+        if shutil.which(COMPILER) is None:
+            raise ImportError(f"no C++ compiler: {COMPILER} is not on PATH")
         import pybind11
 
         includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]

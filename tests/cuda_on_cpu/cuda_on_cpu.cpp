@@ -2,6 +2,7 @@
 // watch the kernels, and the scheduler's own bookkeeping would look like races.
 #include "cuda_on_cpu.h"
 
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -209,8 +210,9 @@ cudaError_t cudaGetDevice(int* device) {
 
 cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device >= settings.num_devices) return cudaErrorInvalidDevice;
+  if (status_of("cudaSetDevice") != cudaSuccess) return status_of("cudaSetDevice");
   observed.current_device = device;
-  return status_of("cudaSetDevice");
+  return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
@@ -230,8 +232,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 }
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  if (status_of("cudaThreadExchangeStreamCaptureMode") != cudaSuccess) return cudaErrorInvalidValue;
   std::swap(*mode, capture_mode);
-  return status_of("cudaThreadExchangeStreamCaptureMode");
+  return cudaSuccess;
 }
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }

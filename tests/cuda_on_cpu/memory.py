@@ -1,0 +1,207 @@
+"""Memory for a call of csrc/step.h: every buffer of its own, between sentinels, at a chosen misalignment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from . import abi, emulation
+
+SENTINEL = 0xA5
+GUARD_BYTES = 64
+# AddressSanitizer watches what follows an allocation: there buffers end where their allocation ends.
+GUARD_AFTER = 0 if os.environ.get("FUSED_SCHED_TEST_SANITIZER") == "address" else GUARD_BYTES
+
+
+class Buffer:
+    """Zeros of a NumPy dtype, `misalignment` elements past a 16-byte boundary."""
+
+    def __init__(self, dtype: npt.DTypeLike, count: int, misalignment: int = 0) -> None:
+        dtype = np.dtype(dtype)
+        begin = GUARD_BYTES + misalignment * dtype.itemsize
+        self.size = count * dtype.itemsize
+        self.raw = np.full(begin + self.size + GUARD_AFTER, SENTINEL, np.uint8)
+        assert self.raw.ctypes.data % 16 == 0
+        self.begin = begin
+        self.data = self.raw[begin : begin + self.size].view(dtype)
+        self.data[...] = np.zeros((), dtype)
+
+    @property
+    def address(self) -> int:
+        return self.raw.ctypes.data + self.begin
+
+    def assert_sentinels(self) -> None:
+        assert (self.raw[: self.begin] == SENTINEL).all(), "written before the buffer"
+        assert (self.raw[self.begin + self.size :] == SENTINEL).all(), "written after the buffer"
+
+
+def padded(numel: int) -> int:
+    return -(-numel // abi.PADDING) * abi.PADDING
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    numel: int
+    param: str = "fp32"
+    grad: str = "fp32"
+    master: str = "none"
+    amsgrad: bool = False
+    param_misalignment: int = 0  # elements
+    grad_misalignment: int = 0
+    group: int = 0
+    arena: int = 0
+
+    @property
+    def compute(self) -> str:
+        return "<f8" if self.param == "fp64" else "<f4"
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        optional = (("max_exp_avg_sq", self.amsgrad), ("master", self.master == "fp32"))
+        return ("exp_avg", "exp_avg_sq", *(name for name, wanted in optional if wanted))
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """lr, beta1, beta2, weight_decay: numbers, or (scale, bytes of a program), or (scale, dtype name, value) for a
+    0-d tensor."""
+
+    lr: object = 1e-3
+    beta1: object = 0.9
+    beta2: object = 0.999
+    weight_decay: object = 0.01
+    eps: float = 1e-8
+    grad_divisor: float = 1.0
+    flags: int = abi.GROUP_DECOUPLED
+
+
+@dataclass
+class Problem:
+    """Tensors, groups and everything else a call names, allocated; `call` runs it."""
+
+    specs: list[TensorSpec]
+    groups: list[GroupSpec] = field(default_factory=lambda: [GroupSpec()])
+
+    def __post_init__(self) -> None:
+        specs = self.specs
+        self.params = [Buffer(abi.STORAGE[s.param], s.numel, s.param_misalignment) for s in specs]
+        self.grads = [Buffer(abi.STORAGE[s.grad], s.numel, s.grad_misalignment) for s in specs]
+        self.steps = [Buffer(abi.STEP_RECORD, 1) for _ in specs]
+        self.clock = Buffer(abi.CLOCK, 1)
+        self.values = Buffer(abi.VALUES, len(self.groups))
+        self.scalars = Buffer(np.uint8, abi.SCALAR_SLOT_BYTES * len(specs))
+        self.group_records = Buffer(abi.GROUP, len(self.groups))
+        self.found_inf = Buffer(np.float32, 1)
+        self.grad_scale = Buffer(np.float32, 1)
+        self.programs = np.zeros(0, np.uint8)
+        self.scalar_tensors: list[Buffer] = []
+        for record, group in zip(self.group_records.data, self.groups, strict=True):
+            self._fill_group(record, group)
+        self.arenas: list[dict[str, Buffer]] = []
+        self.offsets = [0] * len(specs)
+        for index in range(1 + max((s.arena for s in specs), default=0)):
+            members = [i for i, s in enumerate(specs) if s.arena == index]
+            length = 0
+            for i in members:
+                self.offsets[i] = length
+                length += padded(specs[i].numel)
+            # All tensors of an arena compute in one precision; it has the slots any of them needs, no others.
+            slots = dict.fromkeys(slot for i in members for slot in specs[i].slots)
+            self.arenas.append({slot: Buffer(specs[members[0]].compute, length) for slot in slots})
+
+    def _fill_group(self, record: np.void, group: GroupSpec) -> None:
+        record["eps"], record["grad_divisor"], record["flags"] = group.eps, group.grad_divisor, group.flags
+        for name in abi.HYPERPARAMETERS:
+            value = getattr(group, name)
+            hyperparameter = record[name]
+            hyperparameter["program_offset"] = -1
+            hyperparameter["scale"] = value[0] if isinstance(value, tuple) else value
+            if isinstance(value, tuple) and len(value) == 2:
+                hyperparameter["program_offset"] = len(self.programs)
+                self.programs = np.concatenate([self.programs, np.frombuffer(value[1], np.uint8)])
+            elif isinstance(value, tuple):
+                tensor = Buffer(abi.STORAGE[value[1]], 1)
+                tensor.data[0] = value[2]
+                self.scalar_tensors.append(tensor)
+                hyperparameter["tensor"] = tensor.address
+                hyperparameter["tensor_format"] = abi.FORMATS[value[1]]
+
+    def buffers(self) -> list[Buffer]:
+        state = [buffer for arena in self.arenas for buffer in arena.values()]
+        others = [self.clock, self.values, self.scalars, self.group_records, self.found_inf, self.grad_scale]
+        return [*self.params, *self.grads, *self.steps, *state, *others, *self.scalar_tensors]
+
+    def snapshot(self) -> list[bytes]:
+        return [buffer.raw.tobytes() for buffer in self.buffers()]
+
+    def state(self, index: int) -> dict[str, npt.NDArray[np.generic]]:
+        """The padded state of one tensor, as views."""
+        offset = self.offsets[index]
+        end = offset + padded(self.specs[index].numel)
+        arena = self.arenas[self.specs[index].arena]
+        return {slot: arena[slot].data[offset:end] for slot in self.specs[index].slots}
+
+    def scalars_of(self, index: int) -> np.void:
+        begin = index * abi.SCALAR_SLOT_BYTES
+        dtype = abi.SCALARS[self.specs[index].compute]
+        return self.scalars.data[begin : begin + dtype.itemsize].view(dtype)[0]
+
+    def randomize(self, rng: np.random.Generator) -> None:
+        """Plausible values, with zeros, subnormals, huge values, infinities and NaNs among them."""
+        for index, spec in enumerate(self.specs):
+            state = self.state(index)
+            n = spec.numel
+            kind = np.dtype(spec.compute)
+
+            def draw(n: int = n, kind: np.dtype = kind) -> npt.NDArray[np.floating]:
+                values = rng.standard_normal(n) * 10.0 ** rng.integers(-6, 2, n)
+                special = np.array([0.0, -0.0, 1e-40, 6e-8, 65519.0, 3e38, np.inf, -np.inf, np.nan])
+                chosen = rng.random(n) < 0.05
+                return np.where(chosen, rng.choice(special, n), values).astype(kind)
+
+            with np.errstate(over="ignore"):
+                param = draw()
+                self.params[index].data[:] = emulation.encode(param, spec.param, spec.master == "fp32")
+                self.grads[index].data[:] = emulation.encode(
+                    draw().astype(np.float64 if spec.grad == "fp64" else np.float32), spec.grad
+                )
+            state["exp_avg"][:n] = draw()
+            state["exp_avg_sq"][:n] = np.abs(draw())
+            if spec.amsgrad:
+                state["max_exp_avg_sq"][:n] = np.abs(draw())
+            if spec.master == "fp32":
+                # Every eighth parameter was edited and no longer is its master's rounding.
+                state["master"][:n] = np.where(np.arange(n) % 8 == 3, param * np.float32(0.75), param)
+
+    def call(self, tick: bool = True, found_inf: bool = False, grad_scale: bool = False, device: int = 0) -> abi.Call:
+        self.tensor_table = np.zeros(len(self.specs), abi.TENSOR)
+        for row, spec, param, grad, step, offset in zip(
+            self.tensor_table, self.specs, self.params, self.grads, self.steps, self.offsets, strict=True
+        ):
+            row["param"], row["grad"], row["step"] = param.address, grad.address, step.address
+            row["numel"], row["state_offset"], row["arena"] = spec.numel, offset, spec.arena
+            row["group"], row["amsgrad"] = spec.group, spec.amsgrad
+            row["param_format"], row["grad_format"] = abi.FORMATS[spec.param], abi.FORMATS[spec.grad]
+            row["master"] = abi.MASTERS[spec.master]
+        self.arena_table = np.zeros(len(self.arenas), abi.ARENA)
+        for row, arena in zip(self.arena_table, self.arenas, strict=True):
+            row["slot"] = [arena[slot].address if slot in arena else 0 for slot in abi.SLOTS]
+        return abi.Call(
+            tensors=self.tensor_table.ctypes.data,
+            num_tensors=len(self.specs),
+            arenas=self.arena_table.ctypes.data,
+            num_arenas=len(self.arenas),
+            clock=self.clock.address,
+            groups=self.group_records.address,
+            values=self.values.address,
+            num_groups=len(self.groups),
+            programs=self.programs.ctypes.data,
+            scalars=self.scalars.address,
+            found_inf=self.found_inf.address if found_inf else 0,
+            grad_scale=self.grad_scale.address if grad_scale else 0,
+            tick=tick,
+            device=device,
+        )
