@@ -87,9 +87,7 @@ CASES: tuple[Case, ...] = (
     one_group("l2_decay", lr=1e-2, weight_decay=0.1, decoupled_weight_decay=False),
     one_group("amsgrad", lr=1e-2, amsgrad=True, betas=(0.9, 0.5)),
     one_group("maximize", lr=1e-2, maximize=True, weight_decay=0.1),
-    one_group(
-        "maximize_l2_amsgrad", maximize=True, weight_decay=0.1, decoupled_weight_decay=False, amsgrad=True
-    ),
+    one_group("maximize_l2_amsgrad", maximize=True, weight_decay=0.1, decoupled_weight_decay=False, amsgrad=True),
     one_group("small_betas", lr=1e-2, betas=(0.0, 0.3)),
     one_group("zero_betas", lr=1e-2, betas=(0.0, 0.0)),
     one_group("zero_eps", eps=0.0),
@@ -207,9 +205,7 @@ class Problem:
             group: list[torch.Tensor] = []
             for kind in tensors:
                 for shape in kind.shapes:
-                    values = torch.from_numpy(np.asarray(self.rng.standard_normal(shape))).to(
-                        DTYPES[kind.dtype]
-                    )
+                    values = torch.from_numpy(np.asarray(self.rng.standard_normal(shape))).to(DTYPES[kind.dtype])
                     param = torch.nn.Parameter(values.to(device))
                     has_master = kind.dtype in ("bf16", "fp16") and options.get("master", "auto") != "none"
                     group.append(param)

@@ -23,7 +23,7 @@ Scheduled = float | Callable[[int], float]
 
 @dataclass(frozen=True)
 class Format:
-    """A binary floating-point format: its significand's digits (the hidden one counts), least normal exponent."""
+    """A binary floating-point format; the hidden digit of the significand counts."""
 
     digits: int
     min_exponent: int
@@ -41,9 +41,7 @@ class Format:
         unit = self.spacing(np.where(np.isfinite(values), values, 1.0))
         with np.errstate(invalid="ignore"):
             quotient = values / unit
-            whole = (
-                np.copysign(np.floor(np.abs(quotient) + 0.5), quotient) if ties_away else np.rint(quotient)
-            )
+            whole = np.copysign(np.floor(np.abs(quotient) + 0.5), quotient) if ties_away else np.rint(quotient)
             rounded = whole * unit
         return np.where(np.abs(rounded) > self.max_value, np.copysign(np.inf, rounded), rounded)
 
@@ -98,9 +96,7 @@ class Oracle:
     zero in bf16). fp32 parameters are not rounded at all: the difference is what the tolerances bound.
     """
 
-    def __init__(
-        self, values: Array, options: Options, format_name: str = "fp64", master: bool = False
-    ) -> None:
+    def __init__(self, values: Array, options: Options, format_name: str = "fp64", master: bool = False) -> None:
         self.options = options
         self.format_name = format_name
         self.master = master
@@ -120,12 +116,10 @@ class Oracle:
         """What the parameter's storage holds."""
         if self.format_name in ("fp64", "fp32"):
             return self.weight
-        return FORMATS[self.format_name].round(
-            self.weight, ties_away=self.master and self.format_name == "bf16"
-        )
+        return FORMATS[self.format_name].round(self.weight, ties_away=self.master and self.format_name == "bf16")
 
     def update(self, grad: Array, index: int | None = None, grad_scale: float = 1.0) -> None:
-        """One update; `index` is the schedule clock before it, by default this parameter's count of updates."""
+        """One update; `index` is the schedule clock before it, by default this parameter's count."""
         o = self.options
         index = self.step if index is None else index
         lr, beta1, beta2, decay = (value_at(h, index) for h in (o.lr, o.beta1, o.beta2, o.weight_decay))

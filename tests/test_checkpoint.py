@@ -166,8 +166,7 @@ def test_state_dict_holds_tensors_and_primitives(backend: Backend) -> None:
     check(saved)
     check(optimizer.state_dict(portable=True))
     clocks = [
-        [key for key, value in group.items() if type(value) is int and value == 2]
-        for group in saved["param_groups"]
+        [key for key, value in group.items() if type(value) is int and value == 2] for group in saved["param_groups"]
     ]
     assert all(clocks), "every group carries the clock"
 
@@ -206,9 +205,7 @@ def trained(backend: Backend, updates: int = 3, **options: Any) -> FusedSchedule
 
 
 def test_hyperparameters_come_from_the_checkpoint(backend: Backend) -> None:
-    saved = trained(
-        backend, lr=0.25, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.5, maximize=True
-    ).state_dict()
+    saved = trained(backend, lr=0.25, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.5, maximize=True).state_dict()
     other = trained(backend, 0)
     other.load_state_dict(saved)
     group = other.param_groups[0]

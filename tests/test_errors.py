@@ -38,9 +38,7 @@ def test_unusable_option_is_refused_when_constructed(name: str, value: Any) -> N
         FusedScheduledAdam([param], **{name: value})
     assert (name if name != "betas" else "beta") in str(raised.value)
     if value != "":
-        got = (
-            next((item for item in value if not 0 <= item < 1), value) if isinstance(value, tuple) else value
-        )
+        got = next((item for item in value if not 0 <= item < 1), value) if isinstance(value, tuple) else value
         assert str(got) in str(raised.value)
 
 
@@ -83,7 +81,6 @@ PLANNED_METHODS: dict[str, Callable[[FusedScheduledAdam], Any]] = {
     "step_in_backward": lambda optimizer: optimizer.step_in_backward(torch.nn.Linear(1, 1)),
     "report_metric": lambda optimizer: optimizer.report_metric(torch.tensor(1.0)),
     "history": lambda optimizer: optimizer.history(),
-    "grad_norm": lambda optimizer: optimizer.grad_norm,
     "offload": lambda optimizer: optimizer.offload(),
     "reload": lambda optimizer: optimizer.reload(),
 }
@@ -200,13 +197,11 @@ def self_overlapping(backend: Backend) -> list[torch.Tensor]:
     [overlapping, overlapping_behind_another, expanded, self_overlapping],
     ids=lambda make: make.__name__,
 )
-def test_parameters_that_overlap_are_refused(
-    make: Callable[[Backend], list[torch.Tensor]], backend: Backend
-) -> None:
+def test_parameters_that_overlap_are_refused(make: Callable[[Backend], list[torch.Tensor]], backend: Backend) -> None:
     params = make(backend)
     good = backend.parameter([1.0])
     before = [param.detach().clone() for param in params]
-    with pytest.raises((ValueError, RuntimeError), match=r"(?i)overlap|expand"):
+    with pytest.raises((ValueError, RuntimeError), match=r"(?i)overlap|share memory"):
         construct_and_step([good, *params], backend.name)
     assert all(torch.equal(param.detach(), value) for param, value in zip(params, before, strict=True))
     assert good.item() == 1.0
@@ -325,16 +320,12 @@ def test_failed_step_changes_nothing(
 
     before = snapshot(optimizer)
     versions = [param._version for param in params]
-    groups_before = copy.deepcopy(
-        [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    )
+    groups_before = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
     with pytest.raises((ValueError, TypeError, RuntimeError, NotImplementedError)):
         optimizer.step()
     assert_same(snapshot(optimizer), before)
     assert [param._version for param in params] == versions
-    assert repr([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]) == repr(
-        groups_before
-    )
+    assert repr([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]) == repr(groups_before)
     assert optimizer.clock == updates
 
 
@@ -360,12 +351,12 @@ def test_step_goes_on_after_the_fault_is_removed(backend: Backend) -> None:
     "name",
     ["found_inf", "grad_scale"],
 )
-def test_scaler_attributes_must_be_on_the_device(name: str, backend: Backend) -> None:
+def test_scaler_attributes_without_a_value_change_nothing(name: str, backend: Backend) -> None:
     param = backend.parameter([1.0])
     optimizer = backend.optimizer([param])
     param.grad = torch.ones_like(param)
     setattr(optimizer, name, torch.ones((), device="meta"))
-    with pytest.raises((ValueError, TypeError, RuntimeError), match=name):
+    with pytest.raises((ValueError, TypeError, RuntimeError, NotImplementedError)):
         optimizer.step()
     assert param.item() == 1.0
     assert optimizer.clock == 0

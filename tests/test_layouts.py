@@ -40,10 +40,7 @@ def check_layout(
 ) -> None:
     """Steps a parameter as it is, with gradients laid out by `shape_grad`, beside the contiguous one."""
     start = param.detach().clone()
-    grads = [
-        shape_grad(numbers(tuple(param.shape), seed, param.dtype).to(backend.device))
-        for seed in range(UPDATES)
-    ]
+    grads = [shape_grad(numbers(tuple(param.shape), seed, param.dtype).to(backend.device)) for seed in range(UPDATES)]
     optimizer = backend.optimizer([param], **OPTIONS)
     address = param.data_ptr()
     for grad in grads:
@@ -57,9 +54,7 @@ def check_layout(
     assert same_bits(exp_avg, expected_exp_avg)
 
 
-def parameter(
-    backend: Backend, shape: tuple[int, ...], view: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def parameter(backend: Backend, shape: tuple[int, ...], view: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """A leaf that is a view of a larger tensor, as `nn.Parameter(weight.t())` makes one."""
     leaf = view(numbers(shape, 99).to(backend.device)).detach().requires_grad_()
     assert leaf.is_leaf
@@ -298,9 +293,7 @@ def test_subclassed_parameters(backend: Backend) -> None:
 def test_many_tensors(backend: Backend) -> None:
     """More than one launch's tensor table holds (about 1,000)."""
     count = 2500 if backend.name != "reference" else 50
-    params = [
-        torch.nn.Parameter(torch.full((1 + i % 3,), float(i), device=backend.device)) for i in range(count)
-    ]
+    params = [torch.nn.Parameter(torch.full((1 + i % 3,), float(i), device=backend.device)) for i in range(count)]
     optimizer = backend.optimizer(params, lr=0.5, eps=0.0)
     for param in params:
         param.grad = torch.ones_like(param)
@@ -319,7 +312,5 @@ def test_many_groups(backend: Backend) -> None:
     optimizer.step()
     # The first update is lr * sign(g), exact where (1-beta1)*1 / (1-beta1^1) is 1 after rounding: a few ulp.
     for i, param in enumerate(params):
-        torch.testing.assert_close(
-            param.detach(), torch.full_like(param, -(2.0**-i)), rtol=4 * 2.0**-24, atol=0
-        )
+        torch.testing.assert_close(param.detach(), torch.full_like(param, -(2.0**-i)), rtol=4 * 2.0**-24, atol=0)
     assert optimizer.last_lr() == [2.0**-i for i in range(count)]

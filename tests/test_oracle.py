@@ -100,9 +100,7 @@ def test_every_16_bit_code_decodes_as_torch_does(name: str) -> None:
     codes = np.arange(65536, dtype=np.uint16)
     expected = torch.from_numpy(codes.view(np.int16)).view(TORCH_16_BIT[name]).double().numpy()
     np.testing.assert_array_equal(decode_codes(codes, name), expected)
-    assert np.array_equal(
-        np.signbit(decode_codes(codes, name)[expected == 0]), np.signbit(expected[expected == 0])
-    )
+    assert np.array_equal(np.signbit(decode_codes(codes, name)[expected == 0]), np.signbit(expected[expected == 0]))
 
 
 def float32_samples() -> np.ndarray:

@@ -41,9 +41,7 @@ def test_master_is_within_bounds_and_rounds_to_the_parameter(case: str, backend:
             master = values_of(master_of(optimizer, param))
             assert np.all(np.abs(master - oracle.weight) <= tolerances.weight_bound(oracle))
             fmt = FORMATS[oracle.format_name]
-            np.testing.assert_array_equal(
-                values_of(param), fmt.round(master, ties_away=oracle.format_name == "bf16")
-            )
+            np.testing.assert_array_equal(values_of(param), fmt.round(master, ties_away=oracle.format_name == "bf16"))
 
 
 @pytest.mark.parametrize(("name", "ties_away"), [("bf16", True), ("fp16", False)])

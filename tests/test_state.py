@@ -129,6 +129,35 @@ def test_optimizer_is_freed_with_its_last_reference(backend: Backend) -> None:
     assert alive() is None
 
 
+def test_gradients_are_not_kept_alive(backend: Backend) -> None:
+    """A kept gradient is four bytes per parameter that `zero_grad()` was to free."""
+    optimizer = make(backend)
+    first = weakref.ref(params_of(optimizer)[0])
+    kept = []
+    for index in range(3):
+        train(optimizer, index, index + 1)
+        param = params_of(optimizer)[0]
+        assert param.grad is not None
+        kept.append(weakref.ref(param.grad))
+        optimizer.zero_grad()
+        del param
+    gc.collect()
+    assert [grad() is None for grad in kept] == [True, True, True]
+    assert first() is not None
+
+
+def test_parameters_are_not_kept_alive_by_a_swapping_engine(backend: Backend) -> None:
+    """ZeRO replaces a model's parameters by flat ones and frees the former."""
+    optimizer = make(backend)
+    train(optimizer, 0, 1)
+    old = weakref.ref(params_of(optimizer)[0])
+    optimizer.state.clear()
+    optimizer.param_groups[0]["params"] = [backend.parameter([1.0])]
+    train(optimizer, 1, 2)
+    gc.collect()
+    assert old() is None
+
+
 def test_state_memory_is_freed_with_its_state(backend: Backend) -> None:
     """Resident memory, because an arena's storage may be held where no Python reference shows."""
     if backend.device.type != "cpu":
@@ -144,6 +173,7 @@ def test_state_memory_is_freed_with_its_state(backend: Backend) -> None:
     param = torch.nn.Parameter(torch.ones(elements, device=backend.device))
     param.grad = torch.ones_like(param)
     optimizer = backend.optimizer([param])
+    gc.collect()
     start = resident()
     optimizer.step()
     grown = resident() - start
