@@ -283,6 +283,20 @@ def test_checkpoint_of_another_model_is_refused_and_changes_nothing(backend: Bac
     }
 
 
+def test_saved_group_keys_written_into_live_groups_set_the_clock(backend: Backend) -> None:
+    """DeepSpeed's universal checkpoint assigns group keys and state one by one (base_optimizer.py)."""
+    schedule = schedules.linear(0.5, 0.25, 8)
+    saved = through_a_file(trained(backend, lr=schedule).state_dict())
+    other = trained(backend, 0, lr=schedule)
+    for group, saved_group in zip(other.param_groups, saved["param_groups"], strict=True):
+        group.update({key: value for key, value in saved_group.items() if key != "params"})
+    param = other.param_groups[0]["params"][0]
+    param.grad = torch.ones_like(param)
+    other.step()
+    assert other.last_lr() == [schedule(3)]
+    assert other.clock == 4
+
+
 # ---- torch.optim.AdamW ---------------------------------------------------------------------------
 
 TORCH_OPTIONS: dict[str, Any] = {

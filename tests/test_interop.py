@@ -57,6 +57,34 @@ def test_step_hooks_run(backend: Backend) -> None:
     assert seen == ["pre", "post"]
 
 
+def two_parameters(backend: Backend) -> tuple[Any, list[torch.nn.Parameter]]:
+    params = [backend.parameter([1.0, 2.0]), backend.parameter([3.0])]
+    return backend.optimizer(params, lr=RAMP), params
+
+
+def test_zero_grad_keeps_or_drops_gradients(backend: Backend) -> None:
+    optimizer, params = two_parameters(backend)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    assert all(param.grad is not None and not param.grad.any() for param in params)
+    optimizer.zero_grad()
+    assert all(param.grad is None for param in params)
+
+
+def test_step_bumps_the_versions_of_what_it_changes(backend: Backend) -> None:
+    """Autograd must notice that a saved tensor was updated, as after any in-place torch operation."""
+    optimizer, (stepped, skipped) = two_parameters(backend)
+    loss = (stepped * stepped).sum()
+    stepped.grad = torch.ones_like(stepped)
+    before = skipped._version
+    optimizer.step()
+    assert skipped._version == before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("form", ["tensors", "iterator", "named", "groups", "named_groups", "one_tensor_group"])
 def test_every_form_of_params(form: str, backend: Backend) -> None:
     module = torch.nn.Linear(2, 2).to(backend.device)

@@ -14,6 +14,8 @@ import torch
 from cases import DTYPES, assert_same, same_bits, set_grad, snapshot
 from conftest import Backend
 
+from fused_sched import FusedScheduledAdam, schedules
+
 OPTIONS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}
 UPDATES = 3
 
@@ -288,6 +290,19 @@ def test_subclassed_parameters(backend: Backend) -> None:
     tagged.grad = torch.ones(3, device=backend.device)
     optimizer.step()
     assert tagged.tolist() == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.cuda
+def test_parameters_of_several_devices_in_one_group(get_backend: Callable[[str], Backend]) -> None:
+    cpu, gpu = get_backend("cpu"), get_backend("cuda")
+    params = [backend.parameter([1.0, -2.0, 3.0]) for backend in (cpu, gpu)]
+    optimizer = FusedScheduledAdam(params, lr=schedules.linear(0.1, 0.5, 4), weight_decay=0.1)
+    for index in range(4):
+        for param in params:
+            param.grad = torch.full_like(param, 1.0 + index)
+        optimizer.step()
+    assert same_bits(*(param.detach() for param in params))
+    assert optimizer.clock == 4
 
 
 def test_many_tensors(backend: Backend) -> None:

@@ -296,6 +296,14 @@ def test_second_scheduler_on_a_scheduled_optimizer_is_refused(name: str, updates
     assert optimizer.clock == updates
 
 
+def test_schedule_set_beside_a_torch_scheduler_is_refused(backend: Backend) -> None:
+    optimizer = sign_descent(backend, 0.5)
+    LambdaLR(optimizer, lambda epoch: 0.5**epoch)
+    with pytest.raises((RuntimeError, ValueError), match=r"(?i)schedul"):
+        optimizer.set_schedule(RAMP)
+    assert moved(optimizer) == 0.5
+
+
 def test_plateau_scheduler_drives_an_unscheduled_optimizer(backend: Backend) -> None:
     optimizer = sign_descent(backend, 0.5)
     plateau = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)

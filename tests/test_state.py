@@ -75,24 +75,6 @@ def test_state_is_made_by_the_first_step_and_only_for_gradients(backend: Backend
     assert not optimizer.state.get(second)
 
 
-def test_step_bumps_the_version_of_parameters(backend: Backend) -> None:
-    optimizer = make(backend)
-    param = params_of(optimizer)[0]
-    loss = (param * param).sum()
-    train(optimizer, 0, 1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_skipped_parameters_keep_their_version(backend: Backend) -> None:
-    optimizer = make(backend)
-    first, second = params_of(optimizer)
-    first.grad = torch.ones_like(first)
-    before = second._version
-    optimizer.step()
-    assert second._version == before
-
-
 # ---- memory --------------------------------------------------------------------------------------
 
 
@@ -376,15 +358,6 @@ def test_options_changed_after_state_exists_convert_it(backend: Backend) -> None
         state = optimizer.state[param]
         assert same_bits(state["max_exp_avg_sq"], state["exp_avg_sq"])
         assert float(state["step"]) == 3
-
-
-def test_zero_grad_keeps_or_drops_gradients(backend: Backend) -> None:
-    optimizer = make(backend)
-    train(optimizer, 0, 1)
-    optimizer.zero_grad(set_to_none=False)
-    assert all(param.grad is not None and not param.grad.any() for param in params_of(optimizer))
-    optimizer.zero_grad()
-    assert all(param.grad is None for param in params_of(optimizer))
 
 
 def test_step_allocates_nothing_new_in_state(backend: Backend) -> None:
