@@ -144,7 +144,8 @@ class Shifted(Schedule, word="shifted"):
 
     def held_from(self) -> int | None:
         end = self.inner.held_from()
-        return None if end is None else max(0, end + self.steps) if end else 0
+        # A schedule that never changes does not begin to when it is shifted.
+        return end if not end else max(0, end + self.steps)
 
     def extremes(self, length: int | None) -> set[int]:
         inner = None if length is None else max(1, length - self.steps)
