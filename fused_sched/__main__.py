@@ -76,9 +76,7 @@ def instruction_sets(cpu: ModuleType | None) -> str:
     """All that were compiled; those this machine lacks are marked, and the first of the others is used."""
     if cpu is None:
         return "none"
-    return ", ".join(
-        name if here else f"{name} (not on this machine)" for name, here in cpu.instruction_sets()
-    )
+    return ", ".join(name if here else f"{name} (not on this machine)" for name, here in cpu.instruction_sets())
 
 
 def gpu_architectures(info: dict[str, Any]) -> str:
