@@ -8,27 +8,19 @@ namespace fused_sched {
 
 FS_DEVICE const Hyperparameter& hyperparameter_of(const GroupRecord& group, int index) {
   switch (index) {
-    case 0:
-      return group.lr;
-    case 1:
-      return group.beta1;
-    case 2:
-      return group.beta2;
-    default:
-      return group.weight_decay;
+    case 0: return group.lr;
+    case 1: return group.beta1;
+    case 2: return group.beta2;
+    default: return group.weight_decay;
   }
 }
 
 FS_DEVICE double& value_of(GroupValues& values, int index) {
   switch (index) {
-    case 0:
-      return values.lr;
-    case 1:
-      return values.beta1;
-    case 2:
-      return values.beta2;
-    default:
-      return values.weight_decay;
+    case 0: return values.lr;
+    case 1: return values.beta1;
+    case 2: return values.beta2;
+    default: return values.weight_decay;
   }
 }
 
@@ -50,8 +42,8 @@ FS_DEVICE void begin_call(const ClockTable& table) {
     for (int i = threadIdx.x; i < table.num_groups * kHyperparameters; i += kClockThreads) {
       const int group = i / kHyperparameters;
       const int index = i % kHyperparameters;
-      value_of(table.values[group], index) = hyperparameter_value(
-          hyperparameter_of(table.groups[group], index), table.programs, table.clock->step);
+      value_of(table.values[group], index) =
+          hyperparameter_value(hyperparameter_of(table.groups[group], index), table.programs, table.clock->step);
     }
   }
   __syncthreads();

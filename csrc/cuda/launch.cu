@@ -87,16 +87,11 @@ SelectedUpdate select_update(const fs_tensor& tensor) {
   if (tensor.moments != kMomentsFloat32) return {nullptr, 0};
   const bool amsgrad = tensor.amsgrad != 0;
   switch (tensor.param_format) {
-    case kFloat32:
-      return select_update_fp32(tensor.grad_format, tensor.master, amsgrad);
-    case kBfloat16:
-      return select_update_bf16(tensor.grad_format, tensor.master, amsgrad);
-    case kFloat16:
-      return select_update_fp16(tensor.grad_format, tensor.master, amsgrad);
-    case kFloat64:
-      return select_update_fp64(tensor.grad_format, tensor.master, amsgrad);
-    default:
-      return {nullptr, 0};
+    case kFloat32: return select_update_fp32(tensor.grad_format, tensor.master, amsgrad);
+    case kBfloat16: return select_update_bf16(tensor.grad_format, tensor.master, amsgrad);
+    case kFloat16: return select_update_fp16(tensor.grad_format, tensor.master, amsgrad);
+    case kFloat64: return select_update_fp64(tensor.grad_format, tensor.master, amsgrad);
+    default: return {nullptr, 0};
   }
 }
 
@@ -109,8 +104,7 @@ int combination_of(const fs_tensor& tensor) {
 
 void check_formats(const fs_tensor& tensor, int64_t index) {
   const long long i = index;
-  if (tensor.param_format >= kNumFormats || tensor.grad_format >= kNumFormats ||
-      tensor.master >= kNumMasters) {
+  if (tensor.param_format >= kNumFormats || tensor.grad_format >= kNumFormats || tensor.master >= kNumMasters) {
     fail("tensor %lld: unknown tag among parameter %d, gradient %d, master %d", i, tensor.param_format,
          tensor.grad_format, tensor.master);
   }
@@ -128,26 +122,23 @@ void check_placement(const fs_call& call, int64_t index) {
   const fs_tensor& tensor = call.tensors[index];
   const long long i = index;
   if (tensor.group < 0 || tensor.group >= call.num_groups) {
-    fail("tensor %lld: group must be in [0, %lld), got %d", i, static_cast<long long>(call.num_groups),
-         tensor.group);
+    fail("tensor %lld: group must be in [0, %lld), got %d", i, static_cast<long long>(call.num_groups), tensor.group);
   }
   if (tensor.numel == 0) return;  // has no state
   if (tensor.arena < 0 || tensor.arena >= call.num_arenas) {
-    fail("tensor %lld: arena must be in [0, %lld), got %d", i, static_cast<long long>(call.num_arenas),
-         tensor.arena);
+    fail("tensor %lld: arena must be in [0, %lld), got %d", i, static_cast<long long>(call.num_arenas), tensor.arena);
   }
   const fs_arena& arena = call.arenas[tensor.arena];
   const bool needed[kNumSlots] = {true, true, tensor.amsgrad != 0, tensor.master != kMasterNone};
   for (int slot = 0; slot < kNumSlots; ++slot) {
     if (needed[slot] && (arena.slot[slot] == 0 || arena.slot[slot] % 16 != 0)) {
-      fail("tensor %lld: slot %d of arena %d must be a 16-byte aligned address, got 0x%llx", i, slot,
-           tensor.arena, static_cast<unsigned long long>(arena.slot[slot]));
+      fail("tensor %lld: slot %d of arena %d must be a 16-byte aligned address, got 0x%llx", i, slot, tensor.arena,
+           static_cast<unsigned long long>(arena.slot[slot]));
     }
   }
-  if (tensor.state_offset < 0 || tensor.state_offset % kPadding != 0 ||
-      tensor.state_offset / kPadding > UINT32_MAX) {
-    fail("tensor %lld: state_offset must be a multiple of %d in [0, 2^40), got %lld", i,
-         static_cast<int>(kPadding), static_cast<long long>(tensor.state_offset));
+  if (tensor.state_offset < 0 || tensor.state_offset % kPadding != 0 || tensor.state_offset / kPadding > UINT32_MAX) {
+    fail("tensor %lld: state_offset must be a multiple of %d in [0, 2^40), got %lld", i, static_cast<int>(kPadding),
+         static_cast<long long>(tensor.state_offset));
   }
   if (tensor.numel < 0 || tensor.numel >= kMaxElements) {
     fail("tensor %lld: numel must be in [0, 2^39), got %lld", i, static_cast<long long>(tensor.numel));
@@ -165,8 +156,7 @@ void check_call(const fs_call& call) {
 // The update kernel's table under construction; launches when it is full.
 class UpdateLauncher {
  public:
-  UpdateLauncher(fs_call& call, SelectedUpdate selected)
-      : call_(call), selected_(selected), table_(new UpdateTable) {
+  UpdateLauncher(fs_call& call, SelectedUpdate selected) : call_(call), selected_(selected), table_(new UpdateTable) {
     table_->scalars = call.scalars;
     clear();
   }
@@ -197,8 +187,7 @@ class UpdateLauncher {
 
   void launch() {
     if (table_->num_tensors == 0) return;
-    const int resident =
-        resident_blocks(reinterpret_cast<const void*>(selected_.kernel), kUpdateThreads, call_.device);
+    const int resident = resident_blocks(reinterpret_cast<const void*>(selected_.kernel), kUpdateThreads, call_.device);
     const int num_blocks = table_->num_tiles < resident ? table_->num_tiles : resident;
     FS_CUDA_CHECK(launch_kernel(selected_.kernel, num_blocks, kUpdateThreads, stream_of(call_), *table_));
     ++call_.launches;

@@ -58,8 +58,8 @@ inline void check_cuda(cudaError_t status, const char* call, const char* file, i
   cudaGetLastError();  // or the next launch would report this error again
   const char* slash = strrchr(file, '/');
   Failure failure;
-  snprintf(failure.text, sizeof failure.text, "%s failed at %s:%d: %s: %s", call, slash ? slash + 1 : file,
-           line, cudaGetErrorName(status), cudaGetErrorString(status));
+  snprintf(failure.text, sizeof failure.text, "%s failed at %s:%d: %s: %s", call, slash ? slash + 1 : file, line,
+           cudaGetErrorName(status), cudaGetErrorString(status));
   throw failure;
 }
 #define FS_CUDA_CHECK(call) ::fused_sched::check_cuda(call, #call, __FILE__, __LINE__)

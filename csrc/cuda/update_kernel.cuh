@@ -113,8 +113,8 @@ FS_DEVICE void update_elements(const UpdateTable& table, int tensor, int tile,
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    stored_param.element[i] = Instance::kHasMaster ? Param::encode_beside_master(weight.element[i])
-                                                   : Param::encode(weight.element[i]);
+    stored_param.element[i] =
+        Instance::kHasMaster ? Param::encode_beside_master(weight.element[i]) : Param::encode(weight.element[i]);
   }
 
   // Ten registers of addresses, looked up a second time rather than kept across the arithmetic.
@@ -136,8 +136,7 @@ FS_DEVICE void read_scalars(StepScalars<float>& scalars, const ScalarSlot& slot)
 FS_DEVICE void read_scalars(StepScalars<double>& scalars, const ScalarSlot& slot) { scalars = slot.f64; }
 
 template <class Param, class Grad, Master kMaster, bool kAmsgrad>
-__global__ void __launch_bounds__(kUpdateThreads,
-                                  UpdateInstance<Param, Grad, kMaster, kAmsgrad>::kBlocksPerSm)
+__global__ void __launch_bounds__(kUpdateThreads, UpdateInstance<Param, Grad, kMaster, kAmsgrad>::kBlocksPerSm)
     update_kernel(FS_KERNEL_TABLE(UpdateTable) table) {
   using Instance = UpdateInstance<Param, Grad, kMaster, kAmsgrad>;
   StepScalars<typename Instance::Compute> scalars = {};
@@ -170,14 +169,10 @@ SelectedUpdate select_amsgrad(bool amsgrad) {
 template <class Param, Master kMaster>
 SelectedUpdate select_grad(int grad_format, bool amsgrad) {
   switch (grad_format) {
-    case kFloat32:
-      return select_amsgrad<Param, Float32, kMaster>(amsgrad);
-    case kBfloat16:
-      return select_amsgrad<Param, Bfloat16, kMaster>(amsgrad);
-    case kFloat16:
-      return select_amsgrad<Param, Float16, kMaster>(amsgrad);
-    default:
-      return {nullptr, 0};
+    case kFloat32: return select_amsgrad<Param, Float32, kMaster>(amsgrad);
+    case kBfloat16: return select_amsgrad<Param, Bfloat16, kMaster>(amsgrad);
+    case kFloat16: return select_amsgrad<Param, Float16, kMaster>(amsgrad);
+    default: return {nullptr, 0};
   }
 }
 

@@ -69,7 +69,8 @@ def load() -> ModuleType:
         run([COMPILER, *flags, "-c", str(CSRC / "binding.cpp"), "-o", str(binding)])
         link([*objects, binding], target, [])
     spec = importlib.util.spec_from_file_location(name, target)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[name] = module
@@ -78,10 +79,7 @@ def load() -> ModuleType:
 
 def sanitizer_environment(sanitizer: str) -> dict[str, str]:
     """The environment of a Python that is to load `library(sanitizer)`."""
-    paths = [
-        subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in SANITIZER_LIBRARIES[sanitizer]
-    ]
+    paths = [run([COMPILER, f"-print-file-name={name}"]).strip() for name in SANITIZER_LIBRARIES[sanitizer]]
     return {
         **os.environ,
         "FUSED_SCHED_TEST_SANITIZER": sanitizer,
@@ -100,8 +98,8 @@ def compile_kernels(csrc: Path, flags: list[str], sanitizer: str, folder: Path) 
     common = [COMPILER, "-DFS_CUDA_ON_CPU", f"-I{HERE}"]
     scheduler_flags = [*FLAGS, *(["-DFS_THREAD_SANITIZER"] if sanitizer == "thread" else [])]
     commands = [[*common, *scheduler_flags, "-c", str(HERE / "cuda_on_cpu.cpp")]]
-    for source in sorted((csrc / "cuda").glob("*.cu")):
-        commands.append([*common, *flags, "-Wno-unknown-pragmas", "-x", "c++", "-c", str(source)])
+    kernel_flags = [*flags, "-Wno-unknown-pragmas", "-x", "c++", "-c"]
+    commands += [[*common, *kernel_flags, str(source)] for source in sorted((csrc / "cuda").glob("*.cu"))]
     objects = [folder / f"{Path(command[-1]).stem}.o" for command in commands]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(run, ([*c, "-o", str(o)] for c, o in zip(commands, objects, strict=True))))
@@ -123,7 +121,8 @@ def key(csrc: Path, flags: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def run(command: list[str]) -> None:
+def run(command: list[str]) -> str:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed with status {result.returncode}:\n{result.stderr}")
+    return result.stdout

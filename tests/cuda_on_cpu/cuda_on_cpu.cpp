@@ -134,10 +134,8 @@ std::vector<unsigned> execution_order(unsigned count, unsigned salt) {
 void release_barrier() {
   int line = -1;
   for (unsigned i = 0; i < num_threads_of_block; ++i) {
-    if (fibers[i]->state == State::kDone)
-      stop("deadlock: a thread has returned, others wait at __syncthreads");
-    if (line >= 0 && fibers[i]->barrier_line != line)
-      stop("divergence: threads wait at different __syncthreads");
+    if (fibers[i]->state == State::kDone) stop("deadlock: a thread has returned, others wait at __syncthreads");
+    if (line >= 0 && fibers[i]->barrier_line != line) stop("divergence: threads wait at different __syncthreads");
     line = fibers[i]->barrier_line;
   }
   for (unsigned i = 0; i < num_threads_of_block; ++i) fibers[i]->state = State::kReady;
@@ -157,14 +155,11 @@ void run_block(unsigned block) {
   }
 }
 
-cudaError_t status_of(const char* call) {
-  return settings.failing_call == call ? cudaErrorInvalidValue : cudaSuccess;
-}
+cudaError_t status_of(const char* call) { return settings.failing_call == call ? cudaErrorInvalidValue : cudaSuccess; }
 
 }  // namespace
 
-cudaError_t launch(int num_blocks, int num_threads, cudaStream_t stream,
-                   const std::function<void()>& kernel) {
+cudaError_t launch(int num_blocks, int num_threads, cudaStream_t stream, const std::function<void()>& kernel) {
   const std::lock_guard<std::mutex> lock(launch_mutex);
   if (num_blocks <= 0 || num_threads <= 0) return cudaErrorInvalidValue;
   if (status_of("launch") != cudaSuccess) return status_of("launch");
