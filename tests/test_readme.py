@@ -1,0 +1,91 @@
+"""What the documentation claims: its examples run, its tables match the package, the demo reaches its accuracy."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_sched
+from fused_sched import FusedScheduledAdam, schedules
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(fused_sched.__path__, "fused_sched.")
+    if module.name.split(".")[-1] not in {"__main__", "_cpu", "_cuda"}
+]
+
+
+def section(title: str) -> str:
+    """The text under a heading of README.md."""
+    return re.split(r"^#+ ", README.split(f"# {title}\n", 1)[1], maxsplit=1, flags=re.M)[0]
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_examples_run(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    exec(compile(EXAMPLES[number], f"README.md, example {number}", "exec"), names)
+    if "opt" in names:
+        assert capsys.readouterr().out.startswith("200 [0.000")
+
+
+def test_the_first_example_is_short() -> None:
+    assert len(EXAMPLES[0].splitlines()) <= 12
+
+
+def test_every_schedule_is_in_the_table() -> None:
+    table = "\n".join(line for line in section("Schedules").splitlines() if line.startswith("|"))
+    named = set(re.findall(r"`(\w+)[(`]", table))
+    assert named >= set(schedules.__all__) - {"Schedule"}
+    assert all(hasattr(schedules, name) for name in named)
+
+
+FORMATS = re.findall(r"^\| `(float\d+|bfloat16)` \| (?:`(\w+)`|any).*\| (\d+) \|$", section("Formats"), re.M)
+
+
+@pytest.mark.parametrize(("dtype", "master", "state_bytes"), FORMATS)
+def test_the_table_of_formats_is_right(dtype: str, master: str, state_bytes: str) -> None:
+    param = torch.nn.Parameter(torch.ones(4096, dtype=getattr(torch, dtype)))
+    param.grad = torch.ones_like(param)
+    optimizer = FusedScheduledAdam([param], master=master or "auto")
+    optimizer.step()
+    assert optimizer.bytes_per_param() == int(state_bytes)
+
+
+def test_the_table_of_formats_has_every_dtype() -> None:
+    assert {dtype for dtype, _, _ in FORMATS} == {"float32", "bfloat16", "float16", "float64"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstring_examples_run(module: str) -> None:
+    names = {name: getattr(schedules, name) for name in schedules.__all__}
+    assert doctest.testmod(importlib.import_module(module), extraglobs=names).failed == 0
+
+
+def test_linked_files_exist() -> None:
+    for text, folder in ((README, ROOT), ((ROOT / "CONTRIBUTING.md").read_text(), ROOT)):
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (folder / target).exists(), target
+
+
+def test_the_demo_reaches_its_accuracy(tmp_path: Path) -> None:
+    demo = [sys.executable, str(ROOT / "examples" / "digits.py"), "--output", str(tmp_path)]
+    done = subprocess.run(demo, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    accuracy = re.search(r"test accuracy\D+([\d.]+)%", done.stdout)
+    assert accuracy is not None
+    assert float(accuracy[1]) >= 97.0
+    rates = re.search(r"difference of a learning rate: (\S+)", done.stdout)
+    assert rates is not None
+    assert float(rates[1]) <= 5e-3 * 2.0**-51  # two ulp of the peak: libm's cosine against the core's
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
