@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from . import precision, state
+from . import arena, precision
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _check_tables(name: str, module: ModuleType) -> None:
                 f"fused_sched backend {name!r} and this package disagree on {table}: built {sorted(built)}, "
                 f"expected {sorted(names)}; rebuild the package"
             )
-    if tuple(module.SLOTS) != state.SLOTS or module.PADDING != state.PADDING:
+    if tuple(module.SLOTS) != arena.SLOTS or module.PADDING != arena.PADDING:
         raise ImportError(f"fused_sched backend {name!r} has another layout of state; rebuild the package")
 
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import hyperparameters
+from . import arena, hyperparameters
 from . import state as states
 from ._warnings import ScheduleWarning
 
 if TYPE_CHECKING:
-    from .hyperparameters import GroupRecord
+    from .groups import GroupRecord
     from .optimizer import FusedScheduledAdam
 
 #: State that torch's AdamW knows, plus the masters.
@@ -50,7 +50,7 @@ def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
     saved_groups = state_dict["param_groups"]
     groups = optimizer.param_groups
     _check_sizes(groups, saved_groups)
-    records = [optimizer._records[optimizer._index_of(group)] for group in groups]
+    records = [optimizer._records[optimizer._records.index_of(group, groups)] for group in groups]
     params = list(chain.from_iterable(group["params"] for group in groups))
     keys = list(chain.from_iterable(group["params"] for group in saved_groups))
     saved_state = state_dict["state"]
@@ -179,5 +179,5 @@ def _take_state(
         param_state.clear()
         param_state.update(sources.get(key, {}))
         taken.append(param)
-        layouts.append(states.Layout.of(param, group_of[id(param)]))
+        layouts.append(arena.Layout.of(param, group_of[id(param)]))
     states.ensure(optimizer.state, taken, layouts)

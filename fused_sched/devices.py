@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import backends, packing
+from . import arena, backends, packing
 from . import state as states
 from .engine import CompiledEngine, Engine
 from .hyperparameters import GroupSettings
@@ -73,7 +73,7 @@ class Devices:
         for p, g in zip(call.params, call.grads, strict=True):
             packing.check_work(p, g)
         packing.check_overlap(call.params)
-        layouts = [states.Layout.of(p, options[i]) for p, i in zip(call.params, call.groups, strict=True)]
+        layouts = [arena.Layout.of(p, options[i]) for p, i in zip(call.params, call.groups, strict=True)]
         for device in dict.fromkeys(p.device for p in call.params):
             self.engine(device)
         states.ensure(state, call.params, layouts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -52,30 +52,6 @@ class GroupSettings(NamedTuple):
     grad_divisor: float
     decoupled: bool
     maximize: bool
-
-
-#: Options whose values decide a group's settings.
-_READ = ("lr", "lr_reference", "betas", "eps", "weight_decay", "weight_decay_reference", "decoupled_weight_decay",
-         "maximize", "master", "moments")  # fmt: skip
-
-
-@dataclass
-class GroupRecord:
-    """A param group and the schedules that drive it; the group itself holds only numbers and names."""
-
-    group: dict[str, Any]
-    schedules: dict[str, Schedule]
-    _read_from: tuple[Any, ...] | None = None
-    _settings: GroupSettings | None = None
-
-    def settings(self, grad_divisor: float) -> GroupSettings:
-        """The group's settings as of now; raises where they are unusable."""
-        # A tensor's address may change behind an unchanged object, so it is never taken from the cache.
-        options = (*map(self.group.get, _READ), self.schedules, grad_divisor)
-        if self._settings is None or isinstance(options[0], torch.Tensor) or options != self._read_from:
-            self._settings = read_group(self.group, self.schedules, grad_divisor)
-            self._read_from = options
-        return self._settings
 
 
 def split_options(options: dict[str, Any]) -> dict[str, Schedule]:
@@ -144,20 +120,18 @@ def check_options(options: Mapping[str, Any]) -> None:
 def _check_number(name: str, got: Any, low: float, high: float) -> None:
     if isinstance(got, torch.Tensor):
         raise TypeError(f"{name} must be a number or a Schedule, got a tensor; pass float({name}) or a Schedule")
-    try:
-        value = float(got)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number or a Schedule, got {got!r}") from None
+    if not isinstance(got, Real):
+        raise TypeError(f"{name} must be a number or a Schedule, got {got!r} of type {type(got).__name__}")
+    value = float(got)
     if not low <= value < high:  # false for NaN as well
         raise ValueError(f"{name} must be in [{low:g}, {high:g}), got {got!r}")
 
 
 def check_grad_divisor(got: Any) -> float:
     """The divisor of the gradients as a float."""
-    try:
-        value = float(got)
-    except (TypeError, ValueError):
-        raise TypeError(f"grad_divisor must be a number, got {got!r}") from None
+    if not isinstance(got, Real):
+        raise TypeError(f"grad_divisor must be a number, got {got!r} of type {type(got).__name__}")
+    value = float(got)
     if not 0.0 < value < math.inf:
         raise ValueError(f"grad_divisor must be positive and finite, got {got!r}")
     return value

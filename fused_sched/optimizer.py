@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from . import checkpoint, hyperparameters, packing
+from . import arena, checkpoint, hyperparameters, packing
 from . import state as states
 from .clock import TickRule
 from .devices import Call, Devices, called_for_allocation
-from .hyperparameters import SCHEDULABLE, GroupRecord, GroupSettings
+from .groups import GroupTable
+from .hyperparameters import SCHEDULABLE, GroupSettings
 from .scheduler import ObservingScheduler
 from .schedules import Schedule
 
@@ -113,8 +114,7 @@ class FusedScheduledAdam(Optimizer):
 
     def _reset_runtime(self, backend: str, clock: int) -> None:
         """What is rebuilt rather than saved: engines, prepared calls, the tick rule's memory."""
-        self._records: list[GroupRecord] = []
-        self._index_by_id: dict[int, int] = {}  # of the records' groups, which are alive as long as their records
+        self._records = GroupTable()
         self._devices = Devices(backend, clock)
         self._ticks = TickRule()
         self._applied_settings: list[GroupSettings] = []
@@ -134,11 +134,7 @@ class FusedScheduledAdam(Optimizer):
             if len({id(p) for p in params}) != len(params):
                 raise ValueError("a parameter group must name each parameter once, got one of them twice; remove it")
         super().add_param_group(options)
-        self._add_record(self.param_groups[-1], schedules)
-
-    def _add_record(self, group: dict[str, Any], schedules: dict[str, Schedule]) -> None:
-        self._index_by_id[id(group)] = len(self._records)
-        self._records.append(GroupRecord(group, schedules))
+        self._records.add(self.param_groups[-1], schedules)
 
     # -- the step ------------------------------------------------------------------------------------------
 
@@ -155,18 +151,24 @@ class FusedScheduledAdam(Optimizer):
             self._step()
         return loss
 
+    # torch.compile runs the step as it is: what it does depends on addresses, which a trace would freeze. The
+    # private decorator is torch.optim's own; the public one imports the compiler together with this module.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step(self) -> None:
         self._take_clock_from_groups()
         self._ticks.observe(self.param_groups)
         call = self._collect()
         if not call.params:
             return
-        options = [record.group for record in self._records]
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        packing.check_scaler_value("found_inf", found_inf)
+        packing.check_scaler_value("grad_scale", grad_scale)
+        options = self._records.options
         reusable = not self.state.changed and self._devices.rebind(call, options)
         dry_run = not reusable and any(p not in self.state for p in call.params) and called_for_allocation()
         if not dry_run:
             self._refuse_other_schedulers()
-            settings = self._read_settings()
+            settings = self._records.settings(self._grad_divisor)
         if not reusable:
             self._devices.lay_out(self.state, call, options)
         if dry_run:
@@ -174,8 +176,7 @@ class FusedScheduledAdam(Optimizer):
         ids = [id(p) for p in call.params]
         tick = self._ticks.should_tick(ids)
         self._push(settings)
-        # Set by GradScaler around the call, and deleted after it.
-        self._devices.step(tick, getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
+        self._devices.step(tick, found_inf, grad_scale)
         self._ticks.record(ids, tick)
         self._applied_settings = settings
         torch.autograd.graph.increment_version(call.params)
@@ -183,7 +184,7 @@ class FusedScheduledAdam(Optimizer):
     def _collect(self) -> Call:
         call = Call([], [], [])
         for group in self.param_groups:
-            index = self._index_of(group)
+            index = self._records.index_of(group, self.param_groups)
             for p in group["params"]:
                 grad = p.grad
                 if grad is None:
@@ -195,21 +196,6 @@ class FusedScheduledAdam(Optimizer):
                 call.groups.append(index)
         return call
 
-    def _index_of(self, group: dict[str, Any]) -> int:
-        """Position among all groups ever added: engines hand over some of them, or dicts of their own."""
-        index = self._index_by_id.get(id(group))
-        if index is not None:
-            return index
-        if len(self.param_groups) == len(self._records):
-            index = next(i for i, g in enumerate(self.param_groups) if g is group)
-            del self._index_by_id[id(self._records[index].group)]
-            self._records[index].group = group
-        else:
-            index = len(self._records)
-            self._records.append(GroupRecord(group, {}))
-        self._index_by_id[id(group)] = index
-        return index
-
     def _refuse_other_schedulers(self) -> None:
         for record in self._records:
             initial_lr = record.group.get("initial_lr")
@@ -218,16 +204,13 @@ class FusedScheduledAdam(Optimizer):
 
     # -- hyperparameters -----------------------------------------------------------------------------------
 
-    def _read_settings(self) -> list[GroupSettings]:
-        return [record.settings(self._grad_divisor) for record in self._records]
-
     def _push(self, settings: list[GroupSettings]) -> None:
         lrs = [r.group["lr"] for r in self._records]
         self._devices.push(settings, [lr if isinstance(lr, torch.Tensor) else None for lr in lrs])
 
     def push_hyperparameters(self) -> None:
         """Bring edits of the groups to the device; step() does it by itself, graph replays do not."""
-        self._push(self._read_settings())
+        self._push(self._records.settings(self._grad_divisor))
 
     def set_schedule(self, schedule: Schedule | float, group: int | None = None, hyperparameter: str = "lr") -> None:
         """Drive a hyperparameter by another schedule, or by a number; the clock goes on.
@@ -247,7 +230,7 @@ class FusedScheduledAdam(Optimizer):
             hyperparameters.check_schedule(hyperparameter, schedule)
             if hyperparameter == "lr" and hasattr(self.step, "_wrapped_by_lr_sched"):
                 raise RuntimeError(_SECOND_SCHEDULER)
-        records = self._records if group is None else [self._records[group]]
+        records = list(self._records) if group is None else [self._records[group]]
         changes = [hyperparameters.replaced(r.group, r.schedules, hyperparameter, schedule) for r in records]
         for record, (options, schedules) in zip(records, changes, strict=True):
             record.group.update(options)
@@ -290,7 +273,7 @@ class FusedScheduledAdam(Optimizer):
         the device knows, or the rate is a CUDA tensor.
         """
         clock = self._devices.read_clock() if sync else self._devices.peek_clock()
-        settings = self._applied_settings or self._read_settings()
+        settings = self._applied_settings or self._records.settings(self._grad_divisor)
         rates = []
         for record, group in zip(self._records, settings, strict=False):
             if group.lr.schedule is not None:
@@ -320,9 +303,9 @@ class FusedScheduledAdam(Optimizer):
 
         Before the first step: as they will be.
         """
-        layouts = [states.Layout.of(p, r.group) for r in self._records for p in r.group["params"] if p.requires_grad]
+        layouts = [arena.Layout.of(p, r.group) for r in self._records for p in r.group["params"] if p.requires_grad]
         elements = sum(layout.numel for layout in layouts)
-        return sum(states.bytes_of(layout) for layout in layouts) / elements if elements else 0.0
+        return sum(arena.bytes_of(layout) for layout in layouts) / elements if elements else 0.0
 
     def state_dict(self, *, portable: bool = False) -> dict[str, Any]:
         """State and options as tensors and primitives, loadable with `weights_only=True`.
@@ -370,7 +353,7 @@ class FusedScheduledAdam(Optimizer):
         if schedules is not None:
             self._reset_runtime(backend, clock)
             for group, by_name in zip(state["param_groups"], schedules, strict=True):
-                self._add_record(group, by_name)
+                self._records.add(group, by_name)
         if "state" in state:
             state["state"] = states.StateMap(state["state"])
         super().__setstate__(state)

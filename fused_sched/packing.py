@@ -6,8 +6,8 @@ reads pointers, dtypes and strides again, because gradients and parameters move.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 
 from . import precision
+from .arena import Entry, is_dense, same_order
 from .backends import Backend
-from .state import Entry, is_dense, same_order
 
 
 class Work(NamedTuple):
@@ -106,16 +106,25 @@ def _overlaps_itself(param: torch.Tensor) -> bool:
 def check_overlap(params: Sequence[torch.Tensor]) -> None:
     """Raise if two parameters share memory."""
     spans = sorted((p.data_ptr(), p.data_ptr() + _extent_bytes(p), i) for i, p in enumerate(params) if p.numel() > 0)
-    for (_, end, first), (start, _, second) in pairwise(spans):
-        if start >= end:
-            continue
-        a, b = params[first], params[second]
-        if not _share_elements(a, b):
-            continue
-        raise RuntimeError(
-            f"two parameters share memory (shapes {tuple(a.shape)} and {tuple(b.shape)}): both would be updated "
-            "in an undefined order; pass one of them, or clone the other"
-        )
+    open_spans: list[tuple[int, int]] = []  # (end, index) of those that reach past the current start
+    for start, end, index in spans:
+        open_spans = [span for span in open_spans if span[0] > start]
+        for _, other in open_spans:
+            a, b = params[other], params[index]
+            if _share_elements(a, b):
+                raise RuntimeError(
+                    f"two parameters share memory (shapes {tuple(a.shape)} and {tuple(b.shape)}): both would be "
+                    "updated in an undefined order; pass one of them, or clone the other"
+                )
+        open_spans.append((end, index))
+
+
+def check_scaler_value(name: str, value: object) -> None:
+    """Raise unless this is what GradScaler hands over: a tensor of one element, or None."""
+    if value is None:
+        return
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or value.device.type == "meta":
+        raise TypeError(f"opt.{name} must be a tensor of one element with a value, or None; got {value!r}")
 
 
 def _extent_bytes(tensor: torch.Tensor) -> int:
@@ -145,16 +154,19 @@ class Plan:
     def __init__(self, works: Sequence[Work], backend: Backend) -> None:
         module = backend.module
         assert module is not None
-        self.works = list(works)
+        # Not the works themselves: they would keep gradients alive that zero_grad() means to free.
+        self._params = [w.param for w in works]
+        self._entries = [weakref.ref(w.entry) for w in works]
+        self._strides = [w.entry.layout.stride for w in works]
         self.signatures = [signature(w.param, w.grad) for w in works]
         self.rows = np.zeros(len(works), row_dtype(module))
-        arenas = list(dict.fromkeys(w.entry.arena for w in works))
-        index_of = {arena: i for i, arena in enumerate(arenas)}
+        arenas = list(dict.fromkeys(w.entry.arena for w in works if w.entry.arena is not None))
+        index_of = {id(arena): i for i, arena in enumerate(arenas)}
         self.arenas = np.array([arena.slots for arena in arenas], dtype=np.uint64)
         self.rows["step"] = [w.entry.step_address for w in works]
         self.rows["numel"] = [w.entry.layout.numel for w in works]
         self.rows["state_offset"] = [w.entry.offset for w in works]
-        self.rows["arena"] = [index_of[w.entry.arena] for w in works]
+        self.rows["arena"] = [index_of[id(w.entry.arena)] for w in works]
         self.rows["group"] = [w.group for w in works]
         self.rows["param_format"] = [module.FORMATS[precision.FORMATS[w.param.dtype]] for w in works]
         self.rows["master"] = [module.MASTERS[w.entry.layout.master] for w in works]
@@ -163,22 +175,20 @@ class Plan:
         self._grad_dtypes = [_kernel_grad_dtype(w, backend.mixes_fp64) for w in works]
         self.rows["grad_format"] = [module.FORMATS[precision.FORMATS[dtype]] for dtype in self._grad_dtypes]
         self._staged_params = [i for i, w in enumerate(works) if not is_dense(w.param)]
-        self._staged_grads = [i for i, w in enumerate(works) if self._needs_staging(i, w)]
+        self._staged_grads = [i for i, w in enumerate(works) if _needs_staging(w, self._grad_dtypes[i])]
         self._written_back: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._keep_alive: list[torch.Tensor] = []
         self._param_pointers: list[int] = []
 
-    def _needs_staging(self, index: int, work: Work) -> bool:
-        stride = work.entry.layout.stride
-        return work.grad.dtype != self._grad_dtypes[index] or not same_order(
-            work.grad.stride(), stride, work.param.shape
-        )
-
     def bind(self, grads: Sequence[torch.Tensor]) -> bool:
         """Point the table at where the tensors are now; False if the plan no longer fits them."""
-        params = [w.param for w in self.works]
+        params = self._params
         for old, param, grad in zip(self.signatures, params, grads, strict=True):
             if signature(param, grad) != old:
+                return False
+        for reference in self._entries:
+            entry = reference()
+            if entry is None or entry.moved:
                 return False
         param_pointers = [p.data_ptr() for p in params]
         if param_pointers != self._param_pointers:
@@ -194,18 +204,13 @@ class Plan:
         self._written_back = []
         self._keep_alive = []
         for i in self._staged_grads:
-            work = self.works[i]
-            dense = torch.empty_strided(
-                work.param.shape,
-                work.entry.layout.stride,
-                dtype=self._grad_dtypes[i],
-                device=work.param.device,
-            )
+            param = self._params[i]
+            dense = torch.empty_strided(param.shape, self._strides[i], dtype=self._grad_dtypes[i], device=param.device)
             dense.copy_(grads[i])
             self.rows["grad"][i] = dense.data_ptr()
             self._keep_alive.append(dense)
         for i in self._staged_params:
-            param = self.works[i].param
+            param = self._params[i]
             dense = torch.empty(param.shape, dtype=param.dtype, device=param.device).copy_(param)
             self.rows["param"][i] = dense.data_ptr()
             self._written_back.append((param, dense))
@@ -216,6 +221,12 @@ class Plan:
             param.copy_(dense)
         self._written_back = []
         self._keep_alive = []
+
+
+def _needs_staging(work: Work, kernel_grad_dtype: torch.dtype) -> bool:
+    return work.grad.dtype != kernel_grad_dtype or not same_order(
+        work.grad.stride(), work.entry.layout.stride, work.param.shape
+    )
 
 
 def _kernel_grad_dtype(work: Work, mixes_fp64: bool) -> torch.dtype:

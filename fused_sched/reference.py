@@ -57,6 +57,7 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def step(self, tick: bool, found_inf: torch.Tensor | None = None, grad_scale: torch.Tensor | None = None) -> None:
+        works, self._works = self._works, []  # gradients are not ours to keep alive
         self._tick_pending |= tick
         if found_inf is not None and found_inf.item() != 0.0:
             return
@@ -65,7 +66,7 @@ class ReferenceEngine:
         scale = 1.0 if grad_scale is None else float(grad_scale.item())
         values = [self._evaluate(s, t) for s, t in zip(self._settings, self._lr_tensors, strict=True)]
         self._lrs.copy_(torch.tensor([v.lr for v in values], dtype=torch.float64))
-        for work in self._works:
+        for work in works:
             _update(work, self._settings[work.group], values[work.group], scale)
 
     def _evaluate(self, settings: GroupSettings, lr_tensor: torch.Tensor | None) -> _Values:

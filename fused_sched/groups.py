@@ -1,0 +1,78 @@
+"""Param groups, the schedules that drive them, and the order in which the device knows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .hyperparameters import GroupSettings, read_group
+from .schedules import Schedule
+
+#: Options whose values decide a group's settings.
+_READ = ("lr", "lr_reference", "betas", "eps", "weight_decay", "weight_decay_reference", "decoupled_weight_decay",
+         "maximize", "master", "moments")  # fmt: skip
+
+
+@dataclass
+class GroupRecord:
+    """A param group and the schedules that drive it; the group itself holds only numbers and names."""
+
+    group: dict[str, Any]
+    schedules: dict[str, Schedule]
+    _read_from: tuple[Any, ...] | None = None
+    _settings: GroupSettings | None = None
+
+    def settings(self, grad_divisor: float) -> GroupSettings:
+        """The group's settings as of now; raises where they are unusable."""
+        # A tensor's address may change behind an unchanged object, so it is never taken from the cache.
+        options = (*map(self.group.get, _READ), self.schedules, grad_divisor)
+        if self._settings is None or isinstance(options[0], torch.Tensor) or options != self._read_from:
+            self._settings = read_group(self.group, self.schedules, grad_divisor)
+            self._read_from = options
+        return self._settings
+
+
+class GroupTable:
+    """Every group ever added, in the device's order: engines hand over some of them, or dicts of their own."""
+
+    def __init__(self) -> None:
+        self._records: list[GroupRecord] = []
+        self._index_by_id: dict[int, int] = {}  # of the records' groups, which are alive as long as their records
+
+    def __iter__(self) -> Iterator[GroupRecord]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> GroupRecord:
+        return self._records[index]
+
+    def add(self, group: dict[str, Any], schedules: dict[str, Schedule]) -> None:
+        self._index_by_id[id(group)] = len(self._records)
+        self._records.append(GroupRecord(group, schedules))
+
+    def index_of(self, group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> int:
+        """The group's place; one of `groups` that is new here takes the place of the one it stands for."""
+        index = self._index_by_id.get(id(group))
+        if index is not None:
+            return index
+        if len(groups) != len(self._records):
+            self.add(group, {})
+            return len(self._records) - 1
+        index = next(i for i, other in enumerate(groups) if other is group)
+        del self._index_by_id[id(self._records[index].group)]
+        self._records[index].group = group
+        self._index_by_id[id(group)] = index
+        return index
+
+    @property
+    def options(self) -> list[dict[str, Any]]:
+        return [record.group for record in self._records]
+
+    def settings(self, grad_divisor: float) -> list[GroupSettings]:
+        """All groups' settings as of now; raises where they are unusable."""
+        return [record.settings(grad_divisor) for record in self._records]
