@@ -114,9 +114,7 @@ def run_ninja(ninja, targets):
     command = [ninja, "-f", str(FOLDER / "build.ninja"), "-k", "0"]
     if os.environ.get("MAX_JOBS"):
         command += ["-j", os.environ["MAX_JOBS"]]
-    done = subprocess.run(
-        [*command, *targets], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    done = subprocess.run([*command, *targets], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode == 0:
         return done.stdout, None
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]

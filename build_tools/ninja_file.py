@@ -14,8 +14,7 @@ from .toolchain import CppCompiler, CudaToolkit
 # No contraction: CPU and CUDA give the same bits. -fno-math-errno and -fno-trapping-math change no results,
 # but g++ vectorises no square root without them.
 CPP_FLAGS = (
-    "-std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math "
-    "-fvisibility=hidden -fPIC -g0 -Wall -Wextra"
+    "-std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden -fPIC -g0 -Wall -Wextra"
 ).split()
 NVCC_FLAGS = (
     "-std=c++17 -O3 -fmad=false -lineinfo -t 0 -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
@@ -70,8 +69,7 @@ def ninja_file(root: Path, folder: Path, compiler: CppCompiler, cuda: CudaToolki
     for source in _sources(root, "csrc/cpu/*.cpp"):
         if source.endswith(f"/{ISA_SOURCE}"):
             objects += [
-                graph.object("cpp", source, isa, [f"-DFS_ISA={isa}", *flags])
-                for isa, flags in isa_flags.items()
+                graph.object("cpp", source, isa, [f"-DFS_ISA={isa}", *flags]) for isa, flags in isa_flags.items()
             ]
         else:
             objects.append(graph.object("cpp", source))

@@ -49,9 +49,7 @@ class CudaToolkit:
 def output_of(*command: str) -> str | None:
     """Standard output and error of a command, or None when it cannot be run or fails."""
     try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout
@@ -106,9 +104,7 @@ def find_cuda_toolkit(environment: Mapping[str, str] = os.environ) -> CudaToolki
             return _toolkit_of(nvcc, environment.get("FUSED_SCHED_CUDA_ARCHS"))
         except Missing as reason:
             reasons.append(str(reason))
-    raise Missing(
-        "; ".join(dict.fromkeys(reasons)) or "no nvcc on PATH: install the CUDA toolkit, or set CUDA_HOME"
-    )
+    raise Missing("; ".join(dict.fromkeys(reasons)) or "no nvcc on PATH: install the CUDA toolkit, or set CUDA_HOME")
 
 
 def _toolkit_of(nvcc: str, architectures: str | None) -> CudaToolkit:
@@ -124,9 +120,7 @@ def _toolkit_of(nvcc: str, architectures: str | None) -> CudaToolkit:
     libraries += sorted(root.glob("targets/*/lib/libcudart_static.a"))
     library = next((path for path in libraries if path.is_file()), None)
     if library is None:
-        raise Missing(
-            f"libcudart_static.a is not in the toolkit at {root}: install its cudart development files"
-        )
+        raise Missing(f"libcudart_static.a is not in the toolkit at {root}: install its cudart development files")
     known = set(re.findall(r"compute_(\w+)", output_of(nvcc, "--list-gpu-arch") or ""))
     return CudaToolkit(
         nvcc=nvcc,
@@ -147,8 +141,7 @@ def _choose_architectures(asked: str | None, known: set[str]) -> tuple[str, ...]
     unknown = [name for name in names if name.rstrip("af") not in known]
     if asked and unknown:
         raise Missing(
-            f"FUSED_SCHED_CUDA_ARCHS asks for {', '.join(unknown)}; "
-            f"this nvcc knows {', '.join(sorted(known))}"
+            f"FUSED_SCHED_CUDA_ARCHS asks for {', '.join(unknown)}; this nvcc knows {', '.join(sorted(known))}"
         )
     chosen = [name for name in dict.fromkeys(names) if name not in unknown]
     if not chosen:
