@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from conftest import Backend
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from fused_sched import FusedScheduledAdam, schedules
+from fused_sched import FusedScheduledAdam, ScheduleWarning, schedules
 
 RAMP = schedules.linear(0.01, 0.05, 4)
 
@@ -116,6 +117,27 @@ def test_edits_of_plain_hyperparameters_reach_the_next_step(key: str, backend: B
         update(optimizer, grad=2.0)
     assert_same(snapshot(edited), snapshot(made))
     assert not torch.equal(snapshot(edited)["0.param"], snapshot(untouched)["0.param"])
+
+
+def test_groups_keep_their_schedules_when_an_engine_drops_others(backend: Backend) -> None:
+    """DeepSpeed filters empty groups out of `param_groups`, which moves the others up (engine.py)."""
+
+    def make() -> FusedScheduledAdam:
+        groups = [{"params": [backend.parameter([0.0])], "lr": lr} for lr in (0.5, RAMP)]
+        optimizer = backend.optimizer(groups, lr=0.5)
+        optimizer.param_groups[:] = optimizer.param_groups[1:]
+        return optimizer
+
+    optimizer = make()
+    for index in range(3):
+        update(optimizer)
+        assert optimizer.lr_tensor[-1].item() == optimizer.last_lr()[-1] == RAMP(index)
+    saved, other = optimizer.state_dict(), make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ScheduleWarning)
+        other.load_state_dict(saved)
+    update(other)
+    assert other.last_lr()[-1] == RAMP(3)
 
 
 # ---- set_schedule --------------------------------------------------------------------------------
