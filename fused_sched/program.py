@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import struct
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from math import inf
@@ -287,6 +288,16 @@ def evaluate(program: bytes, steps: npt.ArrayLike) -> npt.NDArray[np.float64]:
 
     reference_schedule.evaluate(program, times.reshape(-1), values.reshape(-1))
     return values
+
+
+def evaluate_at(program: bytes, t: float) -> float:
+    """A program's value at one time; a tenth of `evaluate`'s overhead, for code that runs every step."""
+    if _cpu is None:
+        return float(evaluate(program, t))
+    time_and_value = array("d", (t, 0.0))
+    address, _ = time_and_value.buffer_info()
+    _cpu.evaluate(program, address, address + 8, 1)
+    return time_and_value[1]
 
 
 def _load_compiled() -> ModuleType | None:

@@ -57,17 +57,17 @@ def value(node: Tree, t: float) -> float:
             return result if node.gain == 1.0 else result * power(node.gain, cycle)
         case Clock():
             t = max(0.0, node.multiplier * t + node.addend)
-            return value(node.child, math.floor(t / node.every) if node.every > 0.0 else t)
+            return value(node.child, _floor(t / node.every) if node.every > 0.0 else t)
         case Clamp():
             return _clamp(node.offset + node.scale * value(node.child, t), node.low, node.high)
 
 
 def _argument(node: Curve, t: float) -> float:
     x = min(t - node.origin, node.limit)
-    u = math.floor(x * node.stairs / node.divisor) / node.stairs if node.stairs > 0.0 else x / node.divisor
+    u = _floor(x * node.stairs / node.divisor) / node.stairs if node.stairs > 0.0 else x / node.divisor
     if node.repeats > 0.0:
         u *= node.repeats
-        u -= math.floor(u)
+        u -= _floor(u)
     u = power(u, node.exponent)
     return 1.0 - u if node.complement else u
 
@@ -89,7 +89,7 @@ if set(SHAPES) != set(CURVES):
 def _cycle(node: Repeat, t: float) -> tuple[float, float]:
     """The number of the cycle at time t, and the child's time inside it."""
     if node.growth == 1.0:
-        cycle = float(math.floor(t / node.period))
+        cycle = _floor(t / node.period)
         x = t - cycle * node.period
         if x < 0.0:
             cycle, x = cycle - 1.0, x + node.period
@@ -105,6 +105,10 @@ def _cycle(node: Repeat, t: float) -> tuple[float, float]:
         cycle += 1.0
     x /= stretch
     return cycle, (node.period if node.times > 0.0 and x > node.period else x)
+
+
+def _floor(x: float) -> float:
+    return float(math.floor(x)) if math.isfinite(x) else x
 
 
 def _clamp(value: float, low: float, high: float) -> float:

@@ -16,7 +16,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_sched import program, reference_schedule
-from fused_sched.program import Clamp, Clock, Curve, Join, Product, Repeat, Sum, Tree, describe, evaluate, pack, unpack
+from fused_sched.program import (
+    Clamp,
+    Clock,
+    Curve,
+    Join,
+    Product,
+    Repeat,
+    Sum,
+    Tree,
+    describe,
+    evaluate,
+    evaluate_at,
+    pack,
+    unpack,
+)
 
 numbers = st.floats(-1e6, 1e6)
 positive = st.floats(0.01, 1e6)
@@ -154,7 +168,7 @@ def test_a_table_row_without_its_formula_does_not_compile(tmp_path: Path) -> Non
     assert "SpiralCurve" in results[1].stderr
 
 
-def test_depth_is_limited() -> None:
+def test_depth_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     def nested(levels: int) -> Tree:
         tree: Tree = Curve("constant")
         for _ in range(levels - 1):
@@ -165,6 +179,8 @@ def test_depth_is_limited() -> None:
     assert core().evaluate(deepest, [0.0])[0] == 2.0 ** (program.MAX_DEPTH - 1)
     with pytest.raises(ValueError, match=r"32 levels deep.*from_callable"):
         pack(nested(program.MAX_DEPTH + 1))
+    monkeypatch.setattr(program, "MAX_DEPTH", 40)
+    assert core().validate(pack(nested(33))) == "the tree is too deep"
 
 
 # What is changed in an otherwise good program, and a word of the reason it is refused for.
@@ -286,17 +302,54 @@ def test_accepted_mutants_stay_inside_their_memory(tmp_path: Path) -> None:
     assert 1000 < accepted < 20000 * len(base)
 
 
+def both(tree: Tree, times: list[float]) -> list[float]:
+    """The values, which the compiled evaluator and the Python one agree on to the bit."""
+    compiled = core().evaluate(pack(tree), times).tolist()
+    assert compiled == [reference_schedule.value(tree, t) for t in times]
+    return compiled
+
+
+def test_a_table_index_that_is_not_a_number_reads_the_first_entry() -> None:
+    overflowing = Curve("table", divisor=1e-300, repeats=2.0, table=(1.0, 2.0, 3.0))  # u is inf - inf
+    assert both(overflowing, [0.0, 1e9]) == [1.0, 1.0]
+    assert both(Curve("table", origin=5.0, table=(1.0, 2.0, 3.0)), [0.0, 6.0, 99.0]) == [1.0, 2.0, 3.0]
+
+
+def test_stairs_of_several_per_divisor_are_those_of_integers() -> None:
+    for divisor in (49, 98, 103, 107):
+        for stairs in (3, 7, 10):
+            curve = Curve("power", divisor=float(divisor), stairs=float(stairs))
+            times = [float(t) for t in range(5 * divisor)]
+            assert both(curve, times) == [(int(t) * stairs // divisor) / stairs for t in times]
+
+
+def test_growing_cycles_end_where_the_last_one_does() -> None:
+    cycles = Repeat(Curve("power"), period=2.0, growth=2.0, times=3.0)  # 2 + 4 + 8 steps
+    assert both(cycles, [0.0, 1.0, 2.0, 4.0, 5.0, 6.0, 13.0, 14.0, 99.0]) == [0, 1, 0, 1, 1.5, 0, 1.75, 2, 2]
+    shrinking = Repeat(Curve("power"), period=4.0, growth=0.5, gain=10.0, times=2.0)
+    assert both(shrinking, [0.0, 3.0, 4.0, 5.0, 6.0, 7.0]) == [0, 3, 0, 20, 40, 40]
+
+
+def test_a_fractional_period_never_leaves_its_cycle() -> None:
+    """Just before a multiple of 0.1, t / 0.1 may be rounded up to a whole number: the time would be negative."""
+    period = 0.1
+    times = [float(np.nextafter(k * period, 0.0)) for k in range(1, 3000)]
+    assert any(np.floor(t / period) * period > t for t in times)
+    assert all(0.0 <= x <= period for x in both(Repeat(Curve("power"), period=period), times))
+
+
 def test_evaluate_keeps_shapes_and_needs_no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     line = pack(LINE)
     times = np.arange(12).reshape(3, 4)
     compiled = evaluate(line, times)
     assert compiled.shape == (3, 4)
     assert evaluate(line, 5).shape == ()
+    assert evaluate_at(line, 5.0) == 0.5
     assert evaluate(line, []).shape == (0,)
     monkeypatch.setattr(program, "_cpu", None)
     assert evaluate(line, times).tolist() == compiled.tolist()
     assert evaluate(line, times[:, ::2]).tolist() == compiled[:, ::2].tolist()
-    assert float(evaluate(line, 5)) == 0.5
+    assert float(evaluate(line, 5)) == evaluate_at(line, 5.0) == 0.5
 
 
 def test_the_binding_evaluates_as_the_core_does() -> None:

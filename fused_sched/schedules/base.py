@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 import numpy as np
 import numpy.typing as npt
 
-from ..program import Tree, evaluate, pack
+from ..program import Tree, evaluate, evaluate_at, pack
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,6 +83,8 @@ class Schedule(ABC):
         >>> schedules.linear(1.0, 0.0, 4)([0, 2, 9]).tolist()
         [1.0, 0.5, 0.0]
         """
+        if type(step) is int and step >= 0:
+            return evaluate_at(self.program, float(step))
         steps = np.asarray(step)
         if steps.size and not np.issubdtype(steps.dtype, np.integer):
             raise TypeError(f"a schedule's step must be an integer, got {step!r}; convert it with int(...)")

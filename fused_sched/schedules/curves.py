@@ -124,10 +124,7 @@ class cosine(Transition):
     """
 
     def lower(self) -> Tree:
-        # (1 + cos(pi u)) / 2 is 1 at u = 0; read backwards it rises from the start.
         n = float(self.steps)
-        if abs(self.start) < abs(self.end):
-            return self._between(self.start, self.end, curve="cosine", origin=n, limit=0.0, divisor=-n)
         return self._between(self.end, self.start, curve="cosine", limit=n, divisor=n)
 
 
