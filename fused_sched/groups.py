@@ -56,11 +56,19 @@ class GroupTable:
         self._records.append(GroupRecord(group, schedules))
 
     def index_of(self, group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> int:
-        """The group's place; one of `groups` that is new here takes the place of the one it stands for."""
+        """The group's place; one of `groups` that is new here takes the place of the one it stands for.
+
+        Raises RuntimeError where that cannot be told and a wrong guess would lose a schedule.
+        """
         index = self._index_by_id.get(id(group))
         if index is not None:
             return index
         if len(groups) != len(self._records):
+            if any(record.schedules for record in self._records):
+                raise RuntimeError(
+                    "param_groups holds a dict that add_param_group() never saw, so its schedules are unknown; add "
+                    "groups with add_param_group(), or put all dicts in place of all the old ones, in their order"
+                )
             self.add(group, {})
             return len(self._records) - 1
         index = next(i for i, other in enumerate(groups) if other is group)
