@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,8 @@ from . import abi, build
 def loaded_library() -> abi.Library:
     if shutil.which(build.COMPILER) is None:
         pytest.skip(f"no C++ compiler: {build.COMPILER} is not on PATH")
-    return abi.Library(build.library(os.environ.get("FUSED_SCHED_TEST_SANITIZER", "")))
+    csrc = Path(os.environ.get("FUSED_SCHED_TEST_CSRC", build.CSRC))  # set by test_planted_bugs.py
+    return abi.Library(build.library(os.environ.get("FUSED_SCHED_TEST_SANITIZER", ""), csrc))
 
 
 @pytest.fixture
