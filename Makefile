@@ -5,8 +5,8 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-# Installed only when $(PYTHON) has no torch of its own. Goes to pip as it stands; for the small CPU build:
-#   make demo TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+# Installed only when $(PYTHON) has no torch of its own. Goes to pip as it stands, so that it may name an index
+# with PyTorch's small CPU build.
 TORCH  ?= torch==2.13.0
 # 0: go on in pure Python where the C++ code cannot be built.
 export FUSED_SCHED_REQUIRE_CPU ?= 1
