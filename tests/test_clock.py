@@ -147,6 +147,19 @@ def test_set_clock_moves_the_schedule_and_nothing_else(backend: Backend) -> None
     assert float(optimizer.state[param]["step"]) == 3
 
 
+def test_set_clock_begins_a_round(backend: Backend) -> None:
+    """Also in the middle of an engine's: the next call uses the schedule at the new clock."""
+    optimizer, groups = two_groups(backend)
+    grads(optimizer, 0)
+    optimizer.param_groups = groups[:1]
+    optimizer.step()
+    optimizer.set_clock(3)
+    optimizer.param_groups = groups[1:]
+    optimizer.step()
+    assert optimizer.lr_tensor.tolist() == [RAMP(3)] * 2
+    assert optimizer.clock == 4
+
+
 @pytest.mark.parametrize("value", [-1, 1.5, True, "3", None])
 def test_set_clock_refuses_what_is_no_count(value: Any, backend: Backend) -> None:
     optimizer = backend.optimizer([backend.parameter([1.0])], lr=RAMP)

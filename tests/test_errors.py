@@ -215,6 +215,20 @@ def test_same_memory_in_two_parameters_is_refused(backend: Backend) -> None:
     assert first.tolist() == [1.0, 2.0]
 
 
+def test_parameters_made_to_overlap_later_are_refused(backend: Backend) -> None:
+    params = [backend.parameter([1.0, 2.0]), backend.parameter([3.0, 4.0])]
+    optimizer = backend.optimizer(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    params[1].data = params[0].data
+    before = snapshot(optimizer)
+    with pytest.raises((ValueError, RuntimeError), match=r"(?i)overlap|memory"):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+    assert optimizer.clock == 1
+
+
 def test_interleaved_parameters_do_not_overlap(backend: Backend) -> None:
     """Columns of one matrix share its range of addresses and no element."""
     base = torch.zeros(4, 2, device=backend.device)
