@@ -34,8 +34,15 @@ int main(int argc, char** argv) {
   state = strtoull(argv[1], nullptr, 10) * 2 + 1;
   const long rounds = atol(argv[2]);
   const double times[] = {0, 1, 2, 9, 10, 11, 1e3, 1e6 + 1, 0x1p53, 0x1p63};
-  const uint64_t doubles[] = {0, 1, 0x3ff0000000000000, 0xbff0000000000000, 0x7ff0000000000000, 0x7ff8000000000000,
-                              0x7fefffffffffffff, 0xffefffffffffffff, 0x0010000000000000};
+  const uint64_t doubles[] = {0,
+                              1,
+                              0x3ff0000000000000,
+                              0xbff0000000000000,
+                              0x7ff0000000000000,
+                              0x7ff8000000000000,
+                              0x7fefffffffffffff,
+                              0xffefffffffffffff,
+                              0x0010000000000000};
   long accepted = 0;
   for (int i = 3; i < argc; ++i) {
     const std::vector<double> original = read_words(argv[i]);
