@@ -166,7 +166,12 @@ class CompiledEngine:
         self._call.num_threads = torch.get_num_threads()
         if self.device.type == "cuda":
             self._call.stream = torch.cuda.current_stream(self.device).cuda_stream
-        self._module.step(self._call)
+            # Torch makes the device current, so that _cuda finds it so and need not return to one that this
+            # process may never have used: since CUDA 12 making a device current creates its context.
+            with torch.cuda.device(self.device):
+                self._module.step(self._call)
+        else:
+            self._module.step(self._call)
         if self._plan is not None:
             self._plan.finish()
 

@@ -77,22 +77,6 @@ def test_planned_options_say_so(option: dict[str, Any]) -> None:
         FusedScheduledAdam([torch.nn.Parameter(torch.ones(2))], **option)
 
 
-PLANNED_METHODS: dict[str, Callable[[FusedScheduledAdam], Any]] = {
-    "step_in_backward": lambda optimizer: optimizer.step_in_backward(torch.nn.Linear(1, 1)),
-    "report_metric": lambda optimizer: optimizer.report_metric(torch.tensor(1.0)),
-    "history": lambda optimizer: optimizer.history(),
-    "offload": lambda optimizer: optimizer.offload(),
-    "reload": lambda optimizer: optimizer.reload(),
-}
-
-
-@pytest.mark.parametrize("name", PLANNED_METHODS)
-def test_planned_methods_say_so(name: str) -> None:
-    optimizer = FusedScheduledAdam([torch.nn.Parameter(torch.ones(2))])
-    with pytest.raises(NotImplementedError, match=name):
-        PLANNED_METHODS[name](optimizer)
-
-
 @pytest.mark.parametrize("name", ["fused", "foreach", "capturable", "differentiable"])
 def test_options_of_torchs_adam_say_what_to_do_instead(name: str) -> None:
     param = torch.nn.Parameter(torch.ones(2))
