@@ -137,6 +137,23 @@ def test_groups_keep_their_schedules_when_an_engine_drops_others(backend: Backen
     assert other.last_lr()[-1] == RAMP(3)
 
 
+def test_a_group_whose_schedule_cannot_be_known_is_refused(backend: Backend) -> None:
+    optimizer = backend.optimizer([{"params": [backend.parameter([0.0])], "lr": lr} for lr in (0.5, RAMP)])
+    optimizer.param_groups = [dict(optimizer.param_groups[1])]
+    with pytest.raises(RuntimeError, match="add_param_group"):
+        update(optimizer)
+    assert optimizer.clock == 0
+    assert not optimizer.state
+
+
+def test_new_dicts_for_all_groups_stand_for_the_old_ones(backend: Backend) -> None:
+    optimizer = backend.optimizer([{"params": [backend.parameter([0.0])], "lr": lr} for lr in (0.5, RAMP)])
+    optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+    for index in range(3):
+        update(optimizer)
+        assert optimizer.lr_tensor.tolist() == optimizer.last_lr() == [0.5, RAMP(index)]
+
+
 # ---- set_schedule --------------------------------------------------------------------------------
 
 
