@@ -1,4 +1,4 @@
-"""What the compiler made of the CPU's element loops, read from the objects: vectors, no calls, no leaks between sets."""
+"""The machine code of the CPU element loops: vectors of the right width, no calls, nothing leaked between sets."""
 
 from __future__ import annotations
 
