@@ -39,7 +39,7 @@ py::tuple layout(size_t itemsize, py::list fields) { return py::make_tuple(stati
 py::list hyperparameter_fields(const char* name, size_t offset) {
   py::list fields;
   for (py::handle item :
-       py::list(py::make_tuple(FS_FIELD(Hyperparameter, scale), FS_FIELD(Hyperparameter, program_offset),
+       py::list(py::make_tuple(FS_FIELD(Hyperparameter, scale), FS_FIELD(Hyperparameter, program),
                                FS_FIELD(Hyperparameter, tensor), FS_FIELD(Hyperparameter, tensor_format)))) {
     const py::tuple field = py::reinterpret_borrow<py::tuple>(item);
     fields.append(py::make_tuple(std::string(name) + "." + field[0].cast<std::string>(), field[1],
@@ -141,7 +141,6 @@ PYBIND11_MODULE(FS_MODULE, module) {
       .FS_ADDRESS(clock)
       .FS_ADDRESS(groups)
       .FS_ADDRESS(values)
-      .FS_ADDRESS(programs)
       .FS_ADDRESS(scalars)
       .FS_ADDRESS(found_inf)
       .FS_ADDRESS(grad_scale)

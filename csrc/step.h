@@ -47,7 +47,6 @@ struct fs_call {
   const fused_sched::GroupRecord* groups;
   fused_sched::GroupValues* values;
   int64_t num_groups;
-  const unsigned char* programs;
   fused_sched::ScalarSlot* scalars;  // num_tensors
   const float* found_inf;            // null: none
   const float* grad_scale;           // null: none

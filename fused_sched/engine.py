@@ -42,6 +42,10 @@ class Engine(Protocol):
     def lr_tensor(self) -> torch.Tensor:
         """The rates just used, float64 [n_groups], on the device."""
 
+    @property
+    def launches(self) -> int:
+        """Kernels or parallel loops the latest step started."""
+
 
 class CompiledEngine:
     """Runs the clock and the update of `csrc/step.h` on one device."""
@@ -60,8 +64,10 @@ class CompiledEngine:
         self._call.clock = self._clock.data_ptr()
         self._values = torch.zeros(0, layouts["values"].itemsize // 8, dtype=torch.float64, device=device)
         self._groups = torch.zeros(0, dtype=torch.uint8, device=device)
-        self._programs = torch.zeros(0, dtype=torch.uint8, device=device)
+        self._programs: dict[bytes, torch.Tensor] = {}
         self._scalars = torch.zeros(0, dtype=torch.uint8, device=device)
+        # Buffers that grew: a graph captured before still reads and writes the memory it was captured with.
+        self._retired: list[torch.Tensor] = []
         self._pushed: list[GroupSettings] = []
         self._lr_copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (device buffer, the user's tensor elsewhere)
         self._lr_tensors: list[torch.Tensor | None] = []
@@ -72,30 +78,34 @@ class CompiledEngine:
 
     def push(self, settings: Sequence[GroupSettings], lr_tensors: Sequence[torch.Tensor | None]) -> None:
         for buffer, tensor in self._lr_copies:
-            buffer.copy_(tensor.reshape(()), non_blocking=True)
+            buffer.copy_(tensor.reshape(()), non_blocking=self.device.type != "cpu")
         if list(settings) == self._pushed:
             return
         self._lr_tensors = list(lr_tensors)
         self._lr_copies = []
-        programs = bytearray()
-        offsets: dict[bytes, int] = {}
+        programs: dict[bytes, torch.Tensor] = {}
         records = np.zeros(len(settings), self._group_dtype)
         for index, group in enumerate(settings):
             record = records[index]
             for name in SCHEDULABLE:
-                self._pack_source(record, name, getattr(group, name), lr_tensors[index], programs, offsets)
+                self._pack_source(record, name, getattr(group, name), lr_tensors[index], programs)
             record["eps"] = group.eps
             record["grad_divisor"] = group.grad_divisor
             flags = self._module.GROUP_FLAGS
             record["flags"] = flags["decoupled"] * group.decoupled | flags["maximize"] * group.maximize
         if self._values.shape[0] < len(settings):
             old = self._values
+            self._retired.append(old)
             self._values = torch.zeros(len(settings), old.shape[1], dtype=torch.float64, device=self.device)
             self._values[: old.shape[0]].copy_(old)
-        self._groups = self._upload(self._groups, records.tobytes())
-        self._programs = self._upload(self._programs, bytes(programs))
+        # Programs first: the records point to them. The records are written in place, so that a captured graph
+        # follows; the programs they pointed to may go once this stream has passed.
+        self._programs = programs
+        if self._groups.numel() < records.nbytes:
+            self._retired.append(self._groups)
+            self._groups = torch.zeros(2 * records.nbytes, dtype=torch.uint8, device=self.device)
+        self._groups[: records.nbytes].copy_(self._to_device(records.tobytes()), non_blocking=True)
         self._call.groups = self._groups.data_ptr()
-        self._call.programs = self._programs.data_ptr()
         self._call.values = self._values.data_ptr()
         self._call.num_groups = len(settings)
         self._pushed = list(settings)
@@ -106,17 +116,15 @@ class CompiledEngine:
         name: str,
         source: Source,
         lr_tensor: torch.Tensor | None,
-        programs: bytearray,
-        offsets: dict[bytes, int],
+        programs: dict[bytes, torch.Tensor],
     ) -> None:
         record[f"{name}.scale"] = source.scale
-        record[f"{name}.program_offset"] = -1
         if source.schedule is not None:
             program = source.schedule.program
-            if program not in offsets:
-                offsets[program] = len(programs)
-                programs += program
-            record[f"{name}.program_offset"] = offsets[program]
+            if program not in programs:
+                known = self._programs.get(program)
+                programs[program] = self._to_device(program) if known is None else known
+            record[f"{name}.program"] = programs[program].data_ptr()
         elif source.tensor_dtype is not None:
             assert lr_tensor is not None
             tensor = self._on_device(lr_tensor)
@@ -127,20 +135,15 @@ class CompiledEngine:
         if tensor.device == self.device:
             return tensor
         buffer = torch.empty((), dtype=tensor.dtype, device=self.device)
-        buffer.copy_(tensor.reshape(()), non_blocking=True)
+        buffer.copy_(tensor.reshape(()), non_blocking=self.device.type != "cpu")
         self._lr_copies.append((buffer, tensor))
         return buffer
 
-    def _upload(self, buffer: torch.Tensor, content: bytes) -> torch.Tensor:
-        """Write in place where it fits, so that a captured graph sees the new content."""
-        if buffer.numel() < len(content) or buffer.numel() == 0:
-            buffer = torch.zeros(max(4096, 2 * len(content)), dtype=torch.uint8, device=self.device)
-        if content:
-            host = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            if self.device.type == "cuda":
-                host = host.pin_memory()
-            buffer[: len(content)].copy_(host, non_blocking=True)
-        return buffer
+    def _to_device(self, content: bytes) -> torch.Tensor:
+        host = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self.device, non_blocking=True)
 
     # -- the call ------------------------------------------------------------------------------------------
 
@@ -152,6 +155,7 @@ class CompiledEngine:
         self._call.arenas = plan.arenas.ctypes.data
         self._call.num_arenas = len(plan.arenas)
         if self._scalars.numel() < len(works) * self._scalar_bytes:
+            self._retired.append(self._scalars)
             self._scalars = torch.zeros(2 * len(works) * self._scalar_bytes, dtype=torch.uint8, device=self.device)
             self._call.scalars = self._scalars.data_ptr()
 
@@ -178,7 +182,9 @@ class CompiledEngine:
     def _address_of(self, scalar: torch.Tensor | None) -> int:
         if scalar is None:
             return 0
-        scalar = scalar.detach().to(device=self.device, dtype=torch.float32, non_blocking=True)
+        # Waits for a copy to the CPU, whose loops read at once; one to a GPU is ordered by its stream.
+        non_blocking = self.device.type != "cpu"
+        scalar = scalar.detach().to(device=self.device, dtype=torch.float32, non_blocking=non_blocking)
         self._inputs.append(scalar)  # alive until the next call
         return scalar.data_ptr()
 

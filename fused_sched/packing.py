@@ -159,7 +159,7 @@ class Plan:
         self._entries = [weakref.ref(w.entry) for w in works]
         self._strides = [w.entry.layout.stride for w in works]
         self.signatures = [signature(w.param, w.grad) for w in works]
-        self.rows = np.zeros(len(works), row_dtype(module))
+        self.rows = np.zeros(len(works), layout_dtype(module, "tensor"))
         arenas = list(dict.fromkeys(w.entry.arena for w in works if w.entry.arena is not None))
         index_of = {id(arena): i for i, arena in enumerate(arenas)}
         self.arenas = np.array([arena.slots for arena in arenas], dtype=np.uint64)
@@ -235,10 +235,6 @@ def _kernel_grad_dtype(work: Work, mixes_fp64: bool) -> torch.dtype:
     if mixes_fp64 or (param == torch.float64) == (grad == torch.float64):
         return grad
     return torch.float64 if param == torch.float64 else torch.float32
-
-
-def row_dtype(module: Any) -> np.dtype[Any]:
-    return layout_dtype(module, "tensor")
 
 
 def layout_dtype(module: Any, name: str) -> np.dtype[Any]:

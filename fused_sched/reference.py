@@ -100,8 +100,9 @@ class ReferenceEngine:
 def _advance(work: Work) -> int:
     mirror, count = work.entry.tensors["step"], work.entry.tensors["step_int64"]
     step = int(count.item())
-    if torch.tensor(step, dtype=torch.float32).item() != mirror.item():
-        step = int(mirror.item())
+    written = mirror.item()
+    if torch.tensor(step, dtype=torch.float32).item() != written and 0.0 <= written < 9e18:
+        step = int(written)
     step += 1
     count.fill_(step)
     mirror.fill_(step)

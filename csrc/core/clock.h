@@ -28,9 +28,9 @@ struct StepRecord {
 // A hyperparameter: scale, times the value of a 0-d device tensor or of a schedule program where one is set.
 struct Hyperparameter {
   double scale;
-  int64_t program_offset;  // bytes into the program buffer; -1: none
-  uint64_t tensor;         // address of a 0-d tensor on this device; 0: none
-  int32_t tensor_format;   // Format
+  uint64_t program;       // address of a schedule program on this device; 0: none
+  uint64_t tensor;        // address of a 0-d tensor on this device; 0: none
+  int32_t tensor_format;  // Format
   int32_t reserved;
 };
 
@@ -81,26 +81,28 @@ FS_HD_CALL double read_scalar(uint64_t address, int32_t format) {
 }
 
 // Update number T (1-based) uses the schedule at index T-1.
-FS_HD_CALL double hyperparameter_value(const Hyperparameter& h, const unsigned char* programs, int64_t clock_step) {
+FS_HD_CALL double hyperparameter_value(const Hyperparameter& h, int64_t clock_step) {
   if (h.tensor != 0) return h.scale * read_scalar(h.tensor, h.tensor_format);
-  if (h.program_offset < 0) return h.scale;
+  if (h.program == 0) return h.scale;
   const int64_t index = clock_step > 0 ? clock_step - 1 : 0;
-  return h.scale * evaluate(programs + h.program_offset, static_cast<double>(index));
+  return h.scale * evaluate(reinterpret_cast<const unsigned char*>(h.program), static_cast<double>(index));
 }
 
-FS_HD_CALL GroupValues group_values(const GroupRecord& group, const unsigned char* programs, int64_t clock_step) {
+FS_HD_CALL GroupValues group_values(const GroupRecord& group, int64_t clock_step) {
   GroupValues values;
-  values.lr = hyperparameter_value(group.lr, programs, clock_step);
-  values.beta1 = hyperparameter_value(group.beta1, programs, clock_step);
-  values.beta2 = hyperparameter_value(group.beta2, programs, clock_step);
-  values.weight_decay = hyperparameter_value(group.weight_decay, programs, clock_step);
+  values.lr = hyperparameter_value(group.lr, clock_step);
+  values.beta1 = hyperparameter_value(group.beta1, clock_step);
+  values.beta2 = hyperparameter_value(group.beta2, clock_step);
+  values.weight_decay = hyperparameter_value(group.weight_decay, clock_step);
   return values;
 }
 
 // Advances one tensor's count and returns it: the t of bias correction.
 FS_HD_CALL int64_t advance_step(StepRecord& record) {
-  // Somebody wrote state[p]["step"]: take it. (float)count == mirror holds for every value we wrote.
-  if (static_cast<float>(record.count) != record.mirror) record.count = static_cast<int64_t>(record.mirror);
+  // Somebody wrote state[p]["step"]: take it. (float)count == mirror holds for every value we wrote. What is no
+  // count (negative, NaN, beyond int64) is not taken: converting it would be undefined.
+  const bool written = static_cast<float>(record.count) != record.mirror;
+  if (written && record.mirror >= 0.0f && record.mirror < 9.0e18f) record.count = static_cast<int64_t>(record.mirror);
   record.count += 1;
   record.mirror = static_cast<float>(record.count);
   return record.count;

@@ -100,7 +100,7 @@ int fs_clock(fs_call* call, char*) {
   advance_clock(*call->clock, call->tick != 0, call->found_inf);
   if (!call->clock->skipped) {
     for (int64_t i = 0; i < call->num_groups; ++i) {
-      call->values[i] = group_values(call->groups[i], call->programs, call->clock->step);
+      call->values[i] = group_values(call->groups[i], call->clock->step);
     }
   }
   const double grad_scale = call->grad_scale != nullptr ? static_cast<double>(*call->grad_scale) : 1.0;

@@ -43,7 +43,7 @@ FS_DEVICE void begin_call(const ClockTable& table) {
       const int group = i / kHyperparameters;
       const int index = i % kHyperparameters;
       value_of(table.values[group], index) =
-          hyperparameter_value(hyperparameter_of(table.groups[group], index), table.programs, table.clock->step);
+          hyperparameter_value(hyperparameter_of(table.groups[group], index), table.clock->step);
     }
   }
   __syncthreads();

@@ -238,7 +238,6 @@ void clock(fs_call& call) {
   table->clock = call.clock;
   table->groups = call.groups;
   table->values = call.values;
-  table->programs = call.programs;
   table->found_inf = call.found_inf;
   table->grad_scale = call.grad_scale;
   table->num_groups = static_cast<int32_t>(call.num_groups);

@@ -52,7 +52,6 @@ struct ClockTable {
   Clock* clock;
   const GroupRecord* groups;
   GroupValues* values;
-  const unsigned char* programs;
   ScalarSlot* scalars;  // of the first row of this launch
   const float* found_inf;
   const float* grad_scale;

@@ -45,7 +45,7 @@ ARENA = aligned([("slot", "<u8", len(SLOTS))])
 CLOCK = aligned([("step", "<i8"), ("tick_pending", "<i4"), ("skipped", "<i4")])
 STEP_RECORD = aligned([("count", "<i8"), ("mirror", "<f4"), ("reserved", "<i4")])
 HYPERPARAMETER = aligned(
-    [("scale", "<f8"), ("program_offset", "<i8"), ("tensor", "<u8"), ("tensor_format", "<i4"), ("reserved", "<i4")]
+    [("scale", "<f8"), ("program", "<u8"), ("tensor", "<u8"), ("tensor_format", "<i4"), ("reserved", "<i4")]
 )
 HYPERPARAMETERS = ("lr", "beta1", "beta2", "weight_decay")
 GROUP = aligned(
@@ -76,7 +76,6 @@ class Call(ctypes.Structure):
         ("groups", ctypes.c_uint64),
         ("values", ctypes.c_uint64),
         ("num_groups", ctypes.c_int64),
-        ("programs", ctypes.c_uint64),
         ("scalars", ctypes.c_uint64),
         ("found_inf", ctypes.c_uint64),
         ("grad_scale", ctypes.c_uint64),

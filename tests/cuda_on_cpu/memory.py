@@ -96,7 +96,7 @@ class Problem:
         self.group_records = Buffer(abi.GROUP, len(self.groups))
         self.found_inf = Buffer(np.float32, 1)
         self.grad_scale = Buffer(np.float32, 1)
-        self.programs = np.zeros(0, np.uint8)
+        self.programs: list[Buffer] = []
         self.scalar_tensors: list[Buffer] = []
         for record, group in zip(self.group_records.data, self.groups, strict=True):
             self._fill_group(record, group)
@@ -117,11 +117,12 @@ class Problem:
         for name in abi.HYPERPARAMETERS:
             value = getattr(group, name)
             hyperparameter = record[name]
-            hyperparameter["program_offset"] = -1
             hyperparameter["scale"] = value[0] if isinstance(value, tuple) else value
             if isinstance(value, tuple) and len(value) == 2:
-                hyperparameter["program_offset"] = len(self.programs)
-                self.programs = np.concatenate([self.programs, np.frombuffer(value[1], np.uint8)])
+                program = Buffer(np.uint8, len(value[1]))
+                program.data[:] = np.frombuffer(value[1], np.uint8)
+                self.programs.append(program)
+                hyperparameter["program"] = program.address
             elif isinstance(value, tuple):
                 tensor = Buffer(abi.STORAGE[value[1]], 1)
                 tensor.data[0] = value[2]
@@ -198,7 +199,6 @@ class Problem:
             groups=self.group_records.address,
             values=self.values.address,
             num_groups=len(self.groups),
-            programs=self.programs.ctypes.data,
             scalars=self.scalars.address,
             found_inf=self.found_inf.address if found_inf else 0,
             grad_scale=self.grad_scale.address if grad_scale else 0,
