@@ -77,6 +77,10 @@ class Arena:
     records: torch.Tensor
 
     @property
+    def all_buffers(self) -> tuple[torch.Tensor, ...]:
+        return (*self.buffers.values(), self.records)
+
+    @property
     def slots(self) -> tuple[int, ...]:
         """Addresses in the order of SLOTS; 0 where the batch has none."""
         return tuple(self.buffers[slot].data_ptr() if slot in self.buffers else 0 for slot in SLOTS)

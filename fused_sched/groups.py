@@ -56,26 +56,28 @@ class GroupTable:
         self._records.append(GroupRecord(group, schedules))
 
     def index_of(self, group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> int:
-        """The group's place; one of `groups` that is new here takes the place of the one it stands for.
+        """The device's index of a group, where `groups` are those in force.
 
-        Raises RuntimeError where that cannot be told and a wrong guess would lose a schedule.
+        A dict that is new here stands for the one it replaced: same number of groups, same position, and the old
+        dict gone. Raises RuntimeError where that is not so, because a wrong guess would lose a schedule.
         """
         index = self._index_by_id.get(id(group))
         if index is not None:
             return index
-        if len(groups) != len(self._records):
-            if any(record.schedules for record in self._records):
-                raise RuntimeError(
-                    "param_groups holds a dict that add_param_group() never saw, so its schedules are unknown; add "
-                    "groups with add_param_group(), or put all dicts in place of all the old ones, in their order"
-                )
-            self.add(group, {})
-            return len(self._records) - 1
         index = next(i for i, other in enumerate(groups) if other is group)
+        if len(groups) != len(self._records) or any(self._records[index].group is other for other in groups):
+            raise RuntimeError(
+                "param_groups holds a dict that add_param_group() never saw, so its schedules are unknown; add "
+                "groups with add_param_group(), or put all dicts in place of all the old ones, in their order"
+            )
         del self._index_by_id[id(self._records[index].group)]
         self._records[index].group = group
         self._index_by_id[id(group)] = index
         return index
+
+    def of(self, groups: Sequence[dict[str, Any]]) -> list[GroupRecord]:
+        """The records of these groups, in their order."""
+        return [self._records[self.index_of(group, groups)] for group in groups]
 
     @property
     def options(self) -> list[dict[str, Any]]:

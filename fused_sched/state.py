@@ -92,7 +92,8 @@ class StateMap(defaultdict[Any, Any]):
     def __setitem__(self, key: Any, value: Any) -> None:
         self.changed = True
         if isinstance(value, dict):
-            if not isinstance(value, ParamState):
+            # A state that another map owns stays that map's: its memory cannot be updated by two optimizers.
+            if not isinstance(value, ParamState) or not (value.owner is None or value.owner is self):
                 value = ParamState(value)
             value.owner = self
         super().__setitem__(key, value)
@@ -122,6 +123,20 @@ class StateMap(defaultdict[Any, Any]):
             self[key] = default
         return self[key]
 
+    def __ior__(self, other: Any) -> StateMap:  # type: ignore[misc]
+        self.update(other)
+        return self
+
+    def copy(self) -> StateMap:
+        return StateMap(self)
+
+    __copy__ = copy
+
+    def has_state(self, param: torch.Tensor) -> bool:
+        """Whether the parameter has state that the kernels work on; looking at `state[p]` makes none."""
+        value = self.get(param)
+        return isinstance(value, ParamState) and value.entry is not None
+
     def __reduce__(self) -> tuple[Any, ...]:
         return StateMap, (dict(self),)
 
@@ -141,8 +156,14 @@ def check_source(param: torch.Tensor, source: Mapping[str, Any]) -> None:
             )
     for key in ("step", "step_int64"):
         value = source.get(key, 0)
-        if not isinstance(value, (int, float)) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            if value.device.type != "cpu":
+                continue  # reading it would wait for the device; the clock ignores what is no count
+            value = value.item()
+        if not isinstance(value, (int, float)):
             raise TypeError(f"state {key!r} must be a number or a tensor of one element, got {_describe(value)}")
+        if not 0 <= value < 2**63:
+            raise ValueError(f"state {key!r} must be a count of updates, got {value!r}")
 
 
 def _describe(value: Any) -> str:
@@ -170,10 +191,13 @@ def fill(entry: Entry, param: torch.Tensor, source: Mapping[str, Any]) -> None:
 
 def _fill_step(entry: Entry, source: Mapping[str, Any]) -> None:
     mirror, count = entry.tensors["step"], entry.tensors["step_int64"]
-    new_mirror, new_count = source.get("step", 0), source.get("step_int64")
-    if new_count is None or (new_mirror is not mirror and new_count is count):
-        new_count = new_mirror  # only the mirror was written, or there never was a count
-    for target, value in ((mirror, new_mirror), (count, new_count)):
+    new_count = source.get("step_int64")
+    new_mirror = source.get("step", 0 if new_count is None else new_count)
+    if new_count is count and new_mirror is not mirror:
+        new_count = new_mirror  # only the mirror was written
+    elif new_mirror is mirror and new_count is not count:
+        new_mirror = new_count  # only the count was written
+    for target, value in ((mirror, new_mirror), (count, new_mirror if new_count is None else new_count)):
         if value is target:
             continue
         if isinstance(value, torch.Tensor):
@@ -186,8 +210,8 @@ def ensure(state: StateMap, params: Iterable[torch.Tensor], layouts: Iterable[La
     """Give every parameter state of its layout, keeping the values it has.
 
     Written values are taken over, tensors that were put in place of ours are copied in, and state of another
-    layout (the parameter changed its dtype, device, shape or memory order) is converted. Nothing has been
-    changed when this raises.
+    layout (the parameter changed its dtype, device or memory order) is converted. Nothing has been changed when
+    this raises.
     """
     pending: list[tuple[torch.Tensor, ParamState, Layout]] = []
     for param, layout in zip(params, layouts, strict=True):
@@ -198,22 +222,44 @@ def ensure(state: StateMap, params: Iterable[torch.Tensor], layouts: Iterable[La
         if param_state.changed or entry is None or entry.layout != layout or entry.moved:
             check_source(param, param_state)
             pending.append((param, param_state, layout))
-    misfits = [item for item in pending if item[1].entry is None or item[1].entry.layout != item[2]]
-    by_device: dict[torch.device, list[tuple[torch.Tensor, ParamState, Layout]]] = {}
-    for item in misfits:
-        by_device.setdefault(item[2].device, []).append(item)
+    sources = _sources(pending)
+    by_device: dict[torch.device, list[tuple[ParamState, Layout]]] = {}
+    for _, param_state, layout in pending:
+        if param_state.entry is None or param_state.entry.layout != layout:
+            by_device.setdefault(layout.device, []).append((param_state, layout))
     fresh = {
-        id(item[1]): entry
+        id(param_state): entry
         for items in by_device.values()
-        for item, entry in zip(items, allocate([item[2] for item in items]), strict=True)
+        for (param_state, _), entry in zip(items, allocate([layout for _, layout in items]), strict=True)
     }
-    for param, param_state, _ in pending:
+    for (param, param_state, _), source in zip(pending, sources, strict=True):
         entry = fresh.get(id(param_state)) or param_state.entry
         assert entry is not None
         if entry.arena is not None:
             entry.reclaim()
-        fill(entry, param, param_state)
+        fill(entry, param, source)
         param_state.publish(entry)
         if state.get(param) is not param_state:
             state[param] = param_state
     state.changed = False
+
+
+def _sources(pending: Iterable[tuple[torch.Tensor, ParamState, Layout]]) -> list[dict[str, Any]]:
+    """What each state is to be filled from, as it is before any of them is filled.
+
+    A value may lie in another one's memory: two parameters' states swapped, or a transposed view put in place.
+    """
+    states = [param_state for _, param_state, _ in pending]
+    arenas = {id(s.entry.arena): s.entry.arena for s in states if s.entry is not None and s.entry.arena is not None}
+    written = [(buffer.data_ptr(), buffer.nbytes) for arena in arenas.values() for buffer in arena.all_buffers]
+
+    def detached(value: Any, own: Mapping[str, torch.Tensor], key: str) -> Any:
+        if not isinstance(value, torch.Tensor) or value is own.get(key) or value.is_meta:
+            return value
+        inside = any(start <= value.data_ptr() < start + length for start, length in written)
+        return value.clone() if inside else value
+
+    return [
+        {key: detached(value, {} if s.entry is None else s.entry.tensors, key) for key, value in s.items()}
+        for s in states
+    ]
