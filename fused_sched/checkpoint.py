@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -20,26 +21,65 @@ if TYPE_CHECKING:
 _PORTABLE_STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
 
 #: Options that the live optimizer decides, whatever the checkpoint says.
-_LIVE_WINS = ("params", "param_names", "master", "moments", "clock", "schedules", *hyperparameters.TORCH_ONLY)
+_LIVE_WINS = (
+    "params",
+    "param_names",
+    "master",
+    "moments",
+    "clock",
+    "clock_step",
+    "schedules",
+    *hyperparameters.TORCH_ONLY,
+)
 
 
-def export(optimizer: FusedScheduledAdam, packed: dict[str, Any], portable: bool) -> dict[str, Any]:
-    """Turn what torch's `state_dict` packed into plain dicts, with the clock in every group.
+def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
+    """State and options as torch's `state_dict` packs them, in plain dicts.
 
-    The clock is there because engines that shard, filter or reload groups keep their keys and nothing else.
+    The clock is in every group because engines that shard, filter or reload groups keep their keys and nothing
+    else; beside it the largest step count, which tells whether another optimizer has gone on since.
     """
-    clock = optimizer.clock
-    packed["state"] = {key: dict(value) if isinstance(value, dict) else value for key, value in packed["state"].items()}
-    if portable:
-        packed["state"] = {
-            key: {name: value[name] for name in _PORTABLE_STATE if name in value}
-            for key, value in packed["state"].items()
-        }
-    for group, record in zip(packed["param_groups"], optimizer._records, strict=False):
-        group["clock"] = clock
+    clock, clock_step = optimizer.clock, _largest_step(optimizer.state.values())
+    numbers: dict[int, int] = {}
+    groups = []
+    for record in optimizer._records.of(optimizer.param_groups):
+        params = record.group["params"]
+        for param in params:
+            numbers.setdefault(id(param), len(numbers))
+        group = {key: value for key, value in record.group.items() if key != "params"}
+        for name in ("lr", "weight_decay"):
+            if name not in record.schedules:
+                group[f"{name}_reference"] = group[name]  # a ratio of 1, whoever wrote the option
+        group |= {"clock": clock, "clock_step": clock_step}
         if not portable:
-            group["schedules"] = {name: s.to_dict() for name, s in record.schedules.items()}
-    return packed
+            group["schedules"] = {name: schedule.to_dict() for name, schedule in record.schedules.items()}
+        groups.append({**group, "params": [numbers[id(param)] for param in params]})
+    packed: dict[Any, Any] = {}
+    for key, value in optimizer.state.items():
+        if portable and isinstance(value, states.ParamState):
+            value = {slot: value[slot] for slot in _PORTABLE_STATE if slot in value}
+        if isinstance(key, torch.Tensor):
+            if id(key) not in numbers:
+                raise RuntimeError(
+                    f"there is state of a parameter of shape {tuple(key.shape)} that no group holds, and a checkpoint "
+                    "names parameters by their place in the groups; put its group back or delete opt.state[p]"
+                )
+            key = numbers[id(key)]
+        packed[key] = dict(value) if isinstance(value, dict) else value
+    return {"state": packed, "param_groups": groups}
+
+
+def _largest_step(values: Iterable[Any]) -> int:
+    """The largest count among the states of parameters, with one wait per device."""
+    counts: dict[torch.device, list[torch.Tensor]] = {}
+    numbers = [0]
+    for value in values:
+        count: Any = value.get("step_int64", value.get("step", 0)) if isinstance(value, dict) else 0
+        if isinstance(count, torch.Tensor):
+            counts.setdefault(count.device, []).append(count.reshape(()).to(torch.int64))
+        else:
+            numbers.append(int(count))
+    return max([*numbers, *(int(torch.stack(steps).max()) for steps in counts.values())])
 
 
 def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
@@ -50,27 +90,31 @@ def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
     saved_groups = state_dict["param_groups"]
     groups = optimizer.param_groups
     _check_sizes(groups, saved_groups)
-    records = [optimizer._records[optimizer._records.index_of(group, groups)] for group in groups]
+    records = optimizer._records.of(groups)
     params = list(chain.from_iterable(group["params"] for group in groups))
     keys = list(chain.from_iterable(group["params"] for group in saved_groups))
     saved_state = state_dict["state"]
     sources = {key: saved_state[key] for key in keys if key in saved_state}
     for param, key in zip(params, keys, strict=True):
         states.check_source(param, sources.get(key, {}))
-    options = [_merged_options(record, saved) for record, saved in zip(records, saved_groups, strict=True)]
+    largest_step = _largest_step(sources.values())
+    # With more steps than we counted, another optimizer went on: its rate is not a factor of our schedule.
+    ours = all(largest_step == group.get("clock_step", largest_step) for group in saved_groups)
+    options = [_merged_options(record, saved, ours) for record, saved in zip(records, saved_groups, strict=True)]
     for merged in options:
         hyperparameters.check_options(merged)
-    clock = _saved_clock(saved_groups, sources)
+    clock = _saved_clock(saved_groups, largest_step)
 
     for record, merged, saved in zip(records, options, saved_groups, strict=True):
         _warn_about_schedules(record, saved)
         _apply_options(record.group, merged)
     with torch.no_grad():
         _take_state(optimizer, params, keys, sources)
-    for group in groups:
-        group.pop("clock", None)
+    for key in saved_state.keys() - set(keys):
+        optimizer.state[key] = saved_state[key]  # of no parameter: kept as it is, as torch does
     optimizer.set_clock(clock)
-    optimizer._applied_settings = []
+    optimizer._devices.forget_rates()
+    optimizer._applied_settings, optimizer._resumed = [], clock > 0
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 
@@ -89,18 +133,17 @@ def _check_sizes(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]
             )
 
 
-def _merged_options(record: GroupRecord, saved: dict[str, Any]) -> dict[str, Any]:
+def _merged_options(record: GroupRecord, saved: dict[str, Any], ours: bool) -> dict[str, Any]:
     """The group's options after loading, in a dict of their own."""
     live = record.group
     merged = dict(live)
     merged.update({key: value for key, value in saved.items() if key not in _LIVE_WINS})
-    merged.pop("clock", None)
     for name in ("lr", "weight_decay"):
         schedule = record.schedules.get(name)
         if schedule is None:
             merged[f"{name}_reference"] = None if isinstance(merged[name], torch.Tensor) else merged[name]
             continue
-        merged[name] = schedule.reference * _saved_ratio(name, saved)
+        merged[name] = schedule.reference * (_saved_ratio(name, saved) if ours else 1.0)
         merged[f"{name}_reference"] = schedule.reference
     if "lr" in record.schedules:
         merged.pop("initial_lr", None)
@@ -112,11 +155,9 @@ def _merged_options(record: GroupRecord, saved: dict[str, Any]) -> dict[str, Any
 
 
 def _saved_ratio(name: str, saved: dict[str, Any]) -> float:
-    """By what the saved option had been scaled; 1 for a checkpoint without our schedules."""
-    if name not in saved.get("schedules", {}):
-        return 1.0
-    value, reference = saved[name], saved[f"{name}_reference"]
-    return 1.0 if value == reference or not reference else float(value) / float(reference)
+    """By what a scheduled option had been scaled; 1 for another optimizer's checkpoint."""
+    value, reference = saved.get(name), saved.get(f"{name}_reference")
+    return 1.0 if not reference or value == reference else float(value) / float(reference)  # type: ignore[arg-type]
 
 
 def _apply_options(group: dict[str, Any], merged: dict[str, Any]) -> None:
@@ -155,12 +196,14 @@ def _warn_about_schedules(record: GroupRecord, saved: dict[str, Any]) -> None:
             )
 
 
-def _saved_clock(saved_groups: list[dict[str, Any]], sources: dict[Any, dict[str, Any]]) -> int:
-    """Our clock, or for another optimizer's checkpoint the largest step count."""
-    clocks = [int(group["clock"]) for group in saved_groups if "clock" in group]
-    if clocks:
-        return max(clocks)
-    return max((int(source.get("step", 0)) for source in sources.values()), default=0)
+def _saved_clock(saved_groups: list[dict[str, Any]], largest_step: int) -> int:
+    """Our clock, moved on by the steps that another optimizer took since; without one, the largest step count."""
+    clocks = [
+        int(group["clock"]) + max(0, largest_step - int(group.get("clock_step", largest_step)))
+        for group in saved_groups
+        if int(group.get("clock", -1)) >= 0
+    ]
+    return max(clocks, default=largest_step)
 
 
 def _take_state(

@@ -40,7 +40,10 @@ class Devices:
         self.engines: dict[torch.device, Engine] = {}
         self._initial_clock = clock
         self._mirror = clock  # T as the host knows it
-        self._mirror_is_exact = True  # false once a device was told to skip if found_inf
+        self._mirror_is_exact = True  # false while only the device knows: after found_inf, with captured graphs
+        self._captured = False  # replays move the clock without telling the host
+        self._last_index: int | None = None  # of the clock, in the latest step
+        self._checked_pointers: list[int] = []
         self._prepared_for: tuple[Any, ...] | None = None
         self._routes: list[tuple[Engine, list[int]]] = []
 
@@ -64,19 +67,24 @@ class Devices:
             return False
         return all(engine.rebind([call.grads[i] for i in indices]) for engine, indices in self._routes)
 
-    def lay_out(self, state: states.StateMap, call: Call, options: Sequence[Mapping[str, Any]]) -> None:
-        """Check the tensors of a call, then make their state and the engines' tables ready for it.
-
-        Nothing has been changed when this raises.
-        """
+    def allocate(self, state: states.StateMap, call: Call, options: Sequence[Mapping[str, Any]]) -> None:
+        """Check the tensors of a call, then make their state; nothing has been changed when this raises."""
         self._prepared_for = None
         for p, g in zip(call.params, call.grads, strict=True):
             packing.check_work(p, g)
-        packing.check_overlap(call.params)
+        pointers = [p.data_ptr() for p in call.params]
+        if pointers != self._checked_pointers:
+            packing.check_overlap(call.params)
+            self._checked_pointers = pointers
         layouts = [arena.Layout.of(p, options[i]) for p, i in zip(call.params, call.groups, strict=True)]
         for device in dict.fromkeys(p.device for p in call.params):
             self.engine(device)
         states.ensure(state, call.params, layouts)
+
+    def lay_out(self, state: states.StateMap, call: Call, options: Sequence[Mapping[str, Any]]) -> None:
+        """Make state and the engines' tables ready for a call; nothing has been changed when this raises."""
+        self.allocate(state, call, options)
+        self._drop_engines_without_parameters(options)
         works = [Work(p, g, i, state[p].entry) for p, g, i in zip(*call, strict=True)]
         self._routes = []
         # Also those without a tensor in this call: their clocks tick with the others.
@@ -86,6 +94,12 @@ class Devices:
             self._routes.append((engine, indices))
         self._prepared_for = _key(call, options)
 
+    def _drop_engines_without_parameters(self, options: Sequence[Mapping[str, Any]]) -> None:
+        """The model moved to another device: what stayed behind would be asked for the clock first."""
+        used = {p.device for o in options for p in o["params"]}
+        for device in [d for d in self.engines if used and d not in used]:
+            del self.engines[device]
+
     def push(self, settings: Sequence[GroupSettings], lr_tensors: Sequence[torch.Tensor | None]) -> None:
         for engine in self.engines.values():
             engine.push(settings, lr_tensors)
@@ -94,14 +108,16 @@ class Devices:
         """Apply the prepared call on every device."""
         for engine in self.engines.values():
             engine.step(tick, found_inf, grad_scale)
+        self._captured |= torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         self._mirror += tick
-        self._mirror_is_exact &= found_inf is None
+        self._last_index = self._mirror - 1
+        self._mirror_is_exact &= found_inf is None and not self._captured
 
     def read_clock(self) -> int:
         """T, exact; waits for the first device."""
         if self.first is None:
             return self._initial_clock
-        self._mirror, self._mirror_is_exact = self.first.read_clock(), True
+        self._mirror, self._mirror_is_exact = self.first.read_clock(), not self._captured
         return self._mirror
 
     def peek_clock(self) -> int:
@@ -114,7 +130,28 @@ class Devices:
         for engine in self.engines.values():
             engine.write_clock(step)
         self._initial_clock = self._mirror = step
-        self._mirror_is_exact = True
+        self._mirror_is_exact = not self._captured
+
+    def used_rates(self, sync: bool, settings: Sequence[GroupSettings]) -> list[float]:
+        """The latest step's rate of each group; NaN where there was none, shorter where groups are new.
+
+        settings: of the latest step. Waits for a CUDA device only as `peek_clock` does, or for a tensor's value.
+        """
+        if self.first is None:
+            return []
+        on_device = sync or self.first.device.type != "cuda" or not self._mirror_is_exact
+        if on_device or any(group.lr.tensor_dtype is not None for group in settings):
+            rates: list[float] = self.first.lr_tensor.tolist()
+            return rates
+        if self._last_index is None:
+            return []
+        return [group.lr.value(self._last_index, None) for group in settings]
+
+    def forget_rates(self) -> None:
+        """A checkpoint was loaded: what was used before it is not its latest step's."""
+        self._last_index = None
+        for engine in self.engines.values():
+            engine.forget_rates()
 
 
 def _key(call: Call, options: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -32,6 +33,9 @@ class Engine(Protocol):
     def step(self, tick: bool, found_inf: torch.Tensor | None = None, grad_scale: torch.Tensor | None = None) -> None:
         """Apply the prepared call."""
 
+    def forget_rates(self) -> None:
+        """No rate was used yet."""
+
     def read_clock(self) -> int:
         """Updates applied so far; waits for the device."""
 
@@ -40,7 +44,7 @@ class Engine(Protocol):
 
     @property
     def lr_tensor(self) -> torch.Tensor:
-        """The rates just used, float64 [n_groups], on the device."""
+        """The rates just used, float64 [n_groups], on the device; NaN before the first step."""
 
     @property
     def launches(self) -> int:
@@ -96,7 +100,8 @@ class CompiledEngine:
         if self._values.shape[0] < len(settings):
             old = self._values
             self._retired.append(old)
-            self._values = torch.zeros(len(settings), old.shape[1], dtype=torch.float64, device=self.device)
+            shape = (len(settings), old.shape[1])
+            self._values = torch.full(shape, math.nan, dtype=torch.float64, device=self.device)
             self._values[: old.shape[0]].copy_(old)
         # Programs first: the records point to them. The records are written in place, so that a captured graph
         # follows; the programs they pointed to may go once this stream has passed.
@@ -192,6 +197,9 @@ class CompiledEngine:
     def launches(self) -> int:
         """Kernels or parallel loops the latest step started."""
         return int(self._call.launches)
+
+    def forget_rates(self) -> None:
+        self._values.fill_(math.nan)
 
     # -- clock ---------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from . import precision
@@ -19,9 +20,9 @@ SCHEDULABLE = ("lr", "beta1", "beta2", "weight_decay")
 #: group also keeps what the option was when the schedule was set.
 _WITH_REFERENCE = ("lr", "weight_decay")
 
-#: Updates at which a beta schedule is probed when constructed: densely where schedules usually have their
-#: phases, then ever more sparsely.
-_PROBES = [*range(2048), *(2**k + j for k in range(11, 41) for j in (-1, 0, 1))]
+#: Updates at which a beta schedule is probed when constructed, besides its own extremes: densely where schedules
+#: usually have their phases, then ever more sparsely.
+_PROBES = np.array([*range(1 << 16), *(2**k + j for k in range(16, 41) for j in (-1, 0, 1))])
 
 #: Options of torch's Adam that this optimizer has no use for, and what to do instead.
 TORCH_ONLY = {
@@ -32,6 +33,16 @@ TORCH_ONLY = {
 }
 
 
+#: Options that groups cannot have of their own.
+CONSTRUCTOR_ONLY = ("max_grad_norm", "grad_divisor", "skip_nonfinite", "seed", "backend")
+
+#: Options of the interface that are not built yet: value that switches them off, and the way out.
+_PLANNED = {
+    "max_grad_norm": (None, "clip with torch.nn.utils.clip_grad_norm_ before step()"),
+    "skip_nonfinite": (False, "set `opt.found_inf` to a device scalar, as GradScaler does"),
+}
+
+
 class Source(NamedTuple):
     """Where a hyperparameter's value comes from: scale, times a device tensor or a schedule where one is set."""
 
@@ -39,6 +50,15 @@ class Source(NamedTuple):
     schedule: Schedule | None = None
     tensor_address: int = 0
     tensor_dtype: torch.dtype | None = None
+
+    def value(self, step: int, tensor: torch.Tensor | None) -> float:
+        """The value at an index of the schedule clock, as the device computes it; reads a tensor back."""
+        if self.schedule is not None:
+            return self.scale * self.schedule(step)
+        if self.tensor_dtype is not None:
+            assert tensor is not None
+            return self.scale * float(tensor.item())
+        return self.scale
 
 
 class GroupSettings(NamedTuple):
@@ -59,6 +79,9 @@ def split_options(options: dict[str, Any]) -> dict[str, Schedule]:
 
     `lr_reference` and `weight_decay_reference` are set beside the options that others may scale.
     """
+    for name in CONSTRUCTOR_ONLY:
+        if name in options:
+            raise ValueError(f"{name} is one for the whole optimizer; pass it to the constructor, not in a group")
     for name, remedy in TORCH_ONLY.items():
         if options.get(name):
             raise TypeError(f"FusedScheduledAdam takes no {name!r} option: {remedy}; remove it")
@@ -90,13 +113,15 @@ def check_schedule(name: str, schedule: Schedule) -> None:
     """Raise if a schedule cannot drive this hyperparameter."""
     if name not in ("beta1", "beta2"):
         return
-    for step in _PROBES:
-        value = schedule(step)
-        if not 0.0 <= value < 1.0:
-            raise ValueError(
-                f"a schedule for {name} must stay in [0, 1), got {value!r} at update {step}; "
-                "clamp the curve or end the phase before"
-            )
+    steps = np.union1d(_PROBES, sorted(schedule.extremes(None)))
+    values = schedule(steps)
+    outside = ~((values >= 0.0) & (values < 1.0))
+    if outside.any():
+        first = int(np.argmax(outside))
+        raise ValueError(
+            f"a schedule for {name} must stay in [0, 1), got {float(values[first])!r} at update {steps[first]}; "
+            "clamp the curve or end the phase before"
+        )
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -108,6 +133,8 @@ def check_options(options: Mapping[str, Any]) -> None:
                 "a tensor lr must have one element of float32, bfloat16, float16 or float64, "
                 f"got shape {tuple(lr.shape)} of {lr.dtype}"
             )
+        if lr.device.type == "cpu":  # reading another device's would wait for it
+            _check_number("lr", lr.item(), 0.0, math.inf)
     else:
         _check_number("lr", lr, 0.0, math.inf)
     for index, beta in enumerate(options["betas"], start=1):
@@ -197,6 +224,8 @@ def replaced(
     group: Mapping[str, Any], schedules: Mapping[str, Schedule], name: str, new: Schedule | float
 ) -> tuple[dict[str, Any], dict[str, Schedule]]:
     """A group's changed options and its schedules after `set_schedule(new)`; raises if they are unusable."""
+    if not isinstance(new, (Schedule, Real)):
+        raise TypeError(f"{name} must be set to a Schedule or a number, got {new!r} of type {type(new).__name__}")
     reference = new.reference if isinstance(new, Schedule) else float(new)
     changed: dict[str, Any] = {}
     if name in _WITH_REFERENCE:
@@ -213,3 +242,15 @@ def replaced(
     if isinstance(new, Schedule):
         kept[name] = new
     return changed, kept
+
+
+def check_keywords(unsupported: Mapping[str, Any], **planned: Any) -> None:
+    """Raise for keyword arguments that the constructor does not know, or not yet."""
+    for name in unsupported:
+        if name in TORCH_ONLY:
+            raise TypeError(f"FusedScheduledAdam takes no {name!r} argument: {TORCH_ONLY[name]}; remove it")
+        raise TypeError(f"FusedScheduledAdam got an unexpected keyword argument {name!r}")
+    for name, value in planned.items():
+        off, remedy = _PLANNED[name]
+        if value != off:
+            raise NotImplementedError(f"{name}={value!r} is not built yet; {remedy}")

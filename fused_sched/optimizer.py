@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,15 +14,17 @@ from . import arena, checkpoint, hyperparameters, packing
 from . import state as states
 from .clock import TickRule
 from .devices import Call, Devices, called_for_allocation
-from .groups import GroupTable
+from .groups import GroupRecord, GroupTable
 from .hyperparameters import SCHEDULABLE, GroupSettings
-from .scheduler import ObservingScheduler
+from .scheduler import SECOND_SCHEDULER, ObservingScheduler, refuse_second_scheduler
 from .schedules import Schedule
 
-_NOT_BUILT = {
-    "max_grad_norm": (None, "clip with torch.nn.utils.clip_grad_norm_ before step()"),
-    "skip_nonfinite": (False, "set `opt.found_inf` to a device scalar, as GradScaler does"),
-}
+#: A double tells all steps up to this one apart, and so do schedules.
+_MAX_CLOCK = 2**53
+
+#: What a group's "clock" holds unless an engine has restored one there. The key is always there, because engines
+#: restore those that exist.
+_NO_CLOCK = -1
 
 
 class FusedScheduledAdam(Optimizer):
@@ -92,7 +96,7 @@ class FusedScheduledAdam(Optimizer):
         backend: str = "auto",
         **unsupported: Any,
     ) -> None:
-        _refuse(unsupported, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite)
+        hyperparameters.check_keywords(unsupported, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite)
         self._grad_divisor = hyperparameters.check_grad_divisor(grad_divisor)
         self._seed = int(seed)
         self._options: dict[str, Any] = {
@@ -118,23 +122,28 @@ class FusedScheduledAdam(Optimizer):
         self._devices = Devices(backend, clock)
         self._ticks = TickRule()
         self._applied_settings: list[GroupSettings] = []
+        self._resumed = False  # a checkpoint was loaded, and no step taken since
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options may be Schedules and default to the constructor's."""
-        options = {**self._options, **param_group}
+        options = {**self._options, **param_group, "clock": _NO_CLOCK}
         schedules = hyperparameters.split_options(options)
         hyperparameters.check_options(options)
         params = options["params"]
-        if not isinstance(params, (torch.Tensor, set)):
-            params = options["params"] = list(params)
-            for item in params:
-                tensor = item[1] if isinstance(item, tuple) else item
+        if not isinstance(params, set):  # which super() refuses
+            params = options["params"] = [params] if isinstance(params, torch.Tensor) else list(params)
+            tensors = [item[1] if isinstance(item, tuple) else item for item in params]
+            for tensor in tensors:
                 if isinstance(tensor, torch.Tensor):
                     packing.check_param(tensor)
-            if len({id(p) for p in params}) != len(params):
+            if len({id(tensor) for tensor in tensors}) != len(tensors):
                 raise ValueError("a parameter group must name each parameter once, got one of them twice; remove it")
         super().add_param_group(options)
-        self._records.add(self.param_groups[-1], schedules)
+        # As in torch, the caller's dict becomes the group.
+        param_group.clear()
+        param_group.update(self.param_groups.pop())
+        self.param_groups.append(param_group)
+        self._records.add(param_group, schedules)
 
     # -- the step ------------------------------------------------------------------------------------------
 
@@ -155,7 +164,6 @@ class FusedScheduledAdam(Optimizer):
     # private decorator is torch.optim's own; the public one imports the compiler together with this module.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step(self) -> None:
-        self._take_clock_from_groups()
         self._ticks.observe(self.param_groups)
         call = self._collect()
         if not call.params:
@@ -165,20 +173,20 @@ class FusedScheduledAdam(Optimizer):
         packing.check_scaler_value("grad_scale", grad_scale)
         options = self._records.options
         reusable = not self.state.changed and self._devices.rebind(call, options)
-        dry_run = not reusable and any(p not in self.state for p in call.params) and called_for_allocation()
-        if not dry_run:
-            self._refuse_other_schedulers()
-            settings = self._records.settings(self._grad_divisor)
+        if not reusable and not all(map(self.state.has_state, call.params)) and called_for_allocation():
+            self._devices.allocate(self.state, call, options)
+            return
+        refuse_second_scheduler(self._records)
+        settings = self._records.settings(self._grad_divisor)
         if not reusable:
             self._devices.lay_out(self.state, call, options)
-        if dry_run:
-            return
+        self._take_clock_from_groups()
         ids = [id(p) for p in call.params]
         tick = self._ticks.should_tick(ids)
         self._push(settings)
         self._devices.step(tick, found_inf, grad_scale)
         self._ticks.record(ids, tick)
-        self._applied_settings = settings
+        self._applied_settings, self._resumed = settings, False
         torch.autograd.graph.increment_version(call.params)
 
     def _collect(self) -> Call:
@@ -195,12 +203,6 @@ class FusedScheduledAdam(Optimizer):
                 call.grads.append(grad)
                 call.groups.append(index)
         return call
-
-    def _refuse_other_schedulers(self) -> None:
-        for record in self._records:
-            initial_lr = record.group.get("initial_lr")
-            if "lr" in record.schedules and initial_lr is not None and record.group["lr"] != initial_lr:
-                raise RuntimeError(_SECOND_SCHEDULER)
 
     # -- hyperparameters -----------------------------------------------------------------------------------
 
@@ -220,19 +222,24 @@ class FusedScheduledAdam(Optimizer):
             group: index of the group; None: all of them.
             hyperparameter: "lr", "beta1", "beta2" or "weight_decay".
 
-        A factor that was applied to `group["lr"]` stays: lr = new reference * old ratio.
+        A factor that was applied to `group["lr"]` stays when one schedule follows another: lr = new reference *
+        old ratio. Raises before anything has changed.
         """
         if hyperparameter not in SCHEDULABLE:
             raise ValueError(f"hyperparameter must be one of {', '.join(SCHEDULABLE)}, got {hyperparameter!r}")
-        if group is not None and not -len(self._records) <= group < len(self._records):
-            raise IndexError(f"group must be an index below {len(self._records)}, got {group!r}")
+        records = self._records.of(self.param_groups)
+        if group is not None and not -len(records) <= group < len(records):
+            raise IndexError(f"group must be an index below {len(records)}, got {group!r}")
         if isinstance(schedule, Schedule):
             hyperparameters.check_schedule(hyperparameter, schedule)
             if hyperparameter == "lr" and hasattr(self.step, "_wrapped_by_lr_sched"):
-                raise RuntimeError(_SECOND_SCHEDULER)
-        records = list(self._records) if group is None else [self._records[group]]
+                raise RuntimeError(SECOND_SCHEDULER)
+        self._records.settings(self._grad_divisor)
+        records = records if group is None else [records[group]]
         changes = [hyperparameters.replaced(r.group, r.schedules, hyperparameter, schedule) for r in records]
         for record, (options, schedules) in zip(records, changes, strict=True):
+            if hyperparameter == "lr":
+                record.group.pop("initial_lr", None)  # of a scheduler whose checkpoint was loaded
             record.group.update(options)
             record.schedules = schedules
         self.push_hyperparameters()
@@ -242,7 +249,8 @@ class FusedScheduledAdam(Optimizer):
     @property
     def clock(self) -> int:
         """Updates applied so far, T. Waits for the device."""
-        return self._devices.read_clock()
+        pending = self._pending_clock()
+        return self._devices.read_clock() if pending is None else pending
 
     def set_clock(self, step: int) -> None:
         """Set T, the index of the next update in every schedule; the parameters' own step counts stay.
@@ -255,39 +263,51 @@ class FusedScheduledAdam(Optimizer):
             >>> opt.clock
             500
         """
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"the clock must be a non-negative int, got {step!r}")
-        self._devices.write_clock(step)
+        value = -1 if isinstance(step, bool) else operator.index(step)
+        if not 0 <= value <= _MAX_CLOCK:
+            raise ValueError(f"the clock must be in [0, 2^53], which schedules can tell apart, got {step!r}")
+        for group in self.param_groups:
+            group["clock"] = _NO_CLOCK
+        self._devices.write_clock(value)
         self._ticks.forget_round()
 
+    def _pending_clock(self) -> int | None:
+        """What an engine that restores checkpoints key by key has left in the groups."""
+        return max((int(g["clock"]) for g in self.param_groups if int(g.get("clock", -1)) >= 0), default=None)
+
     def _take_clock_from_groups(self) -> None:
-        """Engines that restore checkpoints key by key leave the clock in the groups."""
-        clocks = [group.pop("clock") for group in self.param_groups if "clock" in group]
-        if clocks:
-            self.set_clock(int(clocks[0]))
+        pending = self._pending_clock()
+        if pending is not None:
+            self.set_clock(pending)
 
     def last_lr(self, sync: bool = False) -> list[float]:
         """The rates of the latest step, one per group; before the first, those it will use.
 
-        Without `sync` nothing waits for a CUDA device, unless a step was given `found_inf`, whose outcome only
-        the device knows, or the rate is a CUDA tensor.
+        Without `sync` nothing waits for a CUDA device, unless only the device can know: a step was given
+        `found_inf`, a step was captured in a graph, or the rate is a CUDA tensor.
         """
-        clock = self._devices.read_clock() if sync else self._devices.peek_clock()
-        settings = self._applied_settings or self._records.settings(self._grad_divisor)
-        rates = []
-        for record, group in zip(self._records, settings, strict=False):
-            if group.lr.schedule is not None:
-                rates.append(group.lr.scale * group.lr.schedule(max(0, clock - 1)))
-            else:
-                lr = record.group["lr"]
-                rates.append(float(lr) if group.lr.tensor_dtype is not None else group.lr.scale)
-        return rates
+        used = self._devices.used_rates(sync, self._applied_settings)
+        indices = [self._records.index_of(group, self.param_groups) for group in self.param_groups]
+        return [
+            used[i] if i < len(used) and not math.isnan(used[i]) else self._next_rate(self._records[i]) for i in indices
+        ]
+
+    def _next_rate(self, record: GroupRecord) -> float:
+        """The rate of a group that took no step yet, or whose latest is only known from its checkpoint."""
+        lr = record.group["lr"]
+        source = record.settings(self._grad_divisor).lr
+        index = max(0, self.clock - self._resumed)
+        return source.value(index, lr if isinstance(lr, torch.Tensor) else None)
 
     @property
     def lr_tensor(self) -> torch.Tensor:
-        """The rates just used, float64 [n_groups], on the first parameter's device; for logging without a wait."""
+        """The rates just used, float64 [n_groups], on the first parameter's device; for logging without a wait.
+
+        In the order in which the groups were added; NaN before the first step.
+        """
         if self._devices.first is None:
-            self._devices.engine(next(p.device for r in self._records for p in r.group["params"]))
+            params = (p for record in self._records for p in record.group["params"])
+            self._devices.engine(next((p.device for p in params), torch.device("cpu")))
             self.push_hyperparameters()
         assert self._devices.first is not None
         return self._devices.first.lr_tensor
@@ -303,7 +323,10 @@ class FusedScheduledAdam(Optimizer):
 
         Before the first step: as they will be.
         """
-        layouts = [arena.Layout.of(p, r.group) for r in self._records for p in r.group["params"] if p.requires_grad]
+        kept = [s.entry.layout for s in self.state.values() if isinstance(s, states.ParamState) and s.entry]
+        layouts = kept or [
+            arena.Layout.of(p, r.group) for r in self._records for p in r.group["params"] if p.requires_grad
+        ]
         elements = sum(layout.numel for layout in layouts)
         return sum(arena.bytes_of(layout) for layout in layouts) / elements if elements else 0.0
 
@@ -313,7 +336,12 @@ class FusedScheduledAdam(Optimizer):
         Args:
             portable: only what torch's AdamW knows, and the masters: for other optimizers and resharding.
         """
-        return checkpoint.export(self, super().state_dict(), portable)
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        exported = checkpoint.export(self, portable)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            exported = post_hook(self, exported) or exported
+        return exported
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of this optimizer or of torch's Adam/AdamW, into the memory already in use.
@@ -325,12 +353,11 @@ class FusedScheduledAdam(Optimizer):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state" and not isinstance(value, states.StateMap):
             value = states.StateMap(value)
-        if name == "step" and hasattr(value, "_wrapped_by_lr_sched"):
-            scheduled = [r.group for r in self._records if "lr" in r.schedules]
-            if scheduled:
-                for group in scheduled:
-                    group.pop("initial_lr", None)  # which the scheduler has just added
-                raise RuntimeError(_SECOND_SCHEDULER)
+        attaches = name == "step" and hasattr(value, "_wrapped_by_lr_sched")
+        if attaches and any("lr" in record.schedules for record in self._records):
+            for record in self._records:
+                record.group.pop("initial_lr", None)  # which the scheduler has just added
+            raise RuntimeError(SECOND_SCHEDULER)
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -339,7 +366,7 @@ class FusedScheduledAdam(Optimizer):
             "state": self.state,
             "param_groups": self.param_groups,
             "_options": self._options,
-            "_schedules": [r.schedules for r in self._records],
+            "_groups": [(record.group, record.schedules) for record in self._records],
             "_grad_divisor": self._grad_divisor,
             "_seed": self._seed,
             "_backend": self._devices.backend,
@@ -348,43 +375,24 @@ class FusedScheduledAdam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        schedules = state.pop("_schedules", None)
+        groups = state.pop("_groups", None)
         backend, clock = state.pop("_backend", "auto"), state.pop("_clock", 0)
-        if schedules is not None:
+        if groups is not None:
             self._reset_runtime(backend, clock)
-            for group, by_name in zip(state["param_groups"], schedules, strict=True):
-                self._records.add(group, by_name)
+            self._resumed = clock > 0
+            for group, schedules in groups:
+                self._records.add(group, schedules)
         if "state" in state:
             state["state"] = states.StateMap(state["state"])
         super().__setstate__(state)
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]
-        for index, record in enumerate(self._records):
+        for index, record in enumerate(self._records.of(self.param_groups)):
             lines.append(f"Parameter Group {index}: {len(record.group['params'])} tensors")
-            shown = {k: v for k, v in record.group.items() if k not in ("params", "param_names")}
+            shown = {k: v for k, v in record.group.items() if k not in ("params", "param_names", "clock")}
             for name, schedule in record.schedules.items():
                 shown[f"{name} schedule"] = schedule
             lines.extend(f"    {key}: {shown[key]}" for key in sorted(shown))
         lines.append(f"grad_divisor: {self._grad_divisor}, backend: {self._devices.backend!r}")
         return "\n".join(lines) + "\n)"
-
-
-_SECOND_SCHEDULER = (
-    "this optimizer computes its own schedule (lr is a fused_sched Schedule), so a second scheduler that writes "
-    "group['lr'] would multiply two schedules. Hand `opt.scheduler()` to whatever wants a scheduler, or pass a "
-    "plain number as lr and keep the other scheduler"
-)
-
-
-def _refuse(unsupported: dict[str, Any], **planned: Any) -> None:
-    for name in unsupported:
-        if name in hyperparameters.TORCH_ONLY:
-            raise TypeError(
-                f"FusedScheduledAdam takes no {name!r} argument: {hyperparameters.TORCH_ONLY[name]}; remove it"
-            )
-        raise TypeError(f"FusedScheduledAdam got an unexpected keyword argument {name!r}")
-    for name, value in planned.items():
-        off, remedy = _NOT_BUILT[name]
-        if value != off:
-            raise NotImplementedError(f"{name}={value!r} is not built yet; {remedy}")

@@ -43,6 +43,8 @@ def signature(param: torch.Tensor, grad: torch.Tensor) -> Signature:
         grad.shape,
         grad.layout,
         grad.stride() if grad.layout is torch.strided else None,
+        param.is_neg(),
+        grad.is_neg() or grad._is_zerotensor(),
     )
 
 
@@ -136,8 +138,31 @@ def _share_elements(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of overlapping extent have a byte in common: interleaved slices do not."""
     if is_dense(a) and is_dense(b):
         return True
+    if _in_different_columns(a, b):
+        return False
     first: npt.NDArray[np.int64] = _byte_offsets(a)
     return bool(np.isin(first, _byte_offsets(b)).any())
+
+
+def _in_different_columns(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether both step by rows of one length and stay in disjoint columns of them: slices of a fused weight.
+
+    Decides the usual case without listing elements, of which there may be millions.
+    """
+    rows = {s * a.element_size() for n, s in zip(a.shape, a.stride(), strict=True) if n > 1}
+    rows &= {s * b.element_size() for n, s in zip(b.shape, b.stride(), strict=True) if n > 1}
+    if not rows:
+        return False
+    row = max(rows)
+
+    def columns(tensor: torch.Tensor) -> tuple[int, int]:
+        size = tensor.element_size()
+        width = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if s * size != row)
+        begin = tensor.data_ptr() % row
+        return begin, begin + (width + 1) * size
+
+    (begin_a, end_a), (begin_b, end_b) = columns(a), columns(b)
+    return max(end_a, end_b) <= row and (end_a <= begin_b or end_b <= begin_a)
 
 
 def _byte_offsets(tensor: torch.Tensor) -> npt.NDArray[np.int64]:
@@ -174,7 +199,7 @@ class Plan:
         self.rows["amsgrad"] = [w.entry.layout.amsgrad for w in works]
         self._grad_dtypes = [_kernel_grad_dtype(w, backend.mixes_fp64) for w in works]
         self.rows["grad_format"] = [module.FORMATS[precision.FORMATS[dtype]] for dtype in self._grad_dtypes]
-        self._staged_params = [i for i, w in enumerate(works) if not is_dense(w.param)]
+        self._staged_params = [i for i, w in enumerate(works) if w.param.is_neg() or not is_dense(w.param)]
         self._staged_grads = [i for i, w in enumerate(works) if _needs_staging(w, self._grad_dtypes[i])]
         self._written_back: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._keep_alive: list[torch.Tensor] = []
@@ -224,6 +249,9 @@ class Plan:
 
 
 def _needs_staging(work: Work, kernel_grad_dtype: torch.dtype) -> bool:
+    # Lazily negated or zero tensors: what their memory holds is not their value.
+    if work.grad.is_neg() or work.grad._is_zerotensor():
+        return True
     return work.grad.dtype != kernel_grad_dtype or not same_order(
         work.grad.stride(), work.entry.layout.stride, work.param.shape
     )

@@ -46,7 +46,7 @@ class ReferenceEngine:
         self._lr_tensors = list(lr_tensors)
         if len(self._lrs) < len(settings):
             old = self._lrs
-            self._lrs = torch.zeros(len(settings), dtype=torch.float64, device=self._values_device)
+            self._lrs = torch.full((len(settings),), math.nan, dtype=torch.float64, device=self._values_device)
             self._lrs[: len(old)] = old
 
     def lay_out(self, works: Sequence[Work]) -> None:
@@ -73,13 +73,12 @@ class ReferenceEngine:
         index = max(0, self._clock - 1)
 
         def value(source: Source) -> float:
-            if source.schedule is not None:
-                return source.scale * source.schedule(index)
-            if source.tensor_dtype is not None and lr_tensor is not None:
-                return source.scale * float(lr_tensor.item())
-            return source.scale
+            return source.value(index, lr_tensor)
 
         return _Values(value(settings.lr), value(settings.beta1), value(settings.beta2), value(settings.weight_decay))
+
+    def forget_rates(self) -> None:
+        self._lrs.fill_(math.nan)
 
     @property
     def launches(self) -> int:

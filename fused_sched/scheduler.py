@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
 if TYPE_CHECKING:
+    from .groups import GroupRecord
     from .optimizer import FusedScheduledAdam
+
+SECOND_SCHEDULER = (
+    "this optimizer computes its own schedule (lr is a fused_sched Schedule), so a second scheduler that writes "
+    "group['lr'] would multiply two schedules. Hand `opt.scheduler()` to whatever wants a scheduler, or pass a "
+    "plain number as lr and keep the other scheduler"
+)
+
+
+def refuse_second_scheduler(records: Iterable[GroupRecord]) -> None:
+    """Raise if the marks that torch's schedulers leave in a group say that one drives a scheduled rate."""
+    for record in records:
+        initial_lr = record.group.get("initial_lr")
+        if "lr" in record.schedules and initial_lr is not None and record.group["lr"] != initial_lr:
+            raise RuntimeError(SECOND_SCHEDULER)
 
 
 class ObservingScheduler(LRScheduler):
@@ -29,8 +45,12 @@ class ObservingScheduler(LRScheduler):
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     @property
-    def last_epoch(self) -> int:  # type: ignore[override]
-        return self.optimizer.clock
+    def last_epoch(self) -> int:
+        return self.optimizer._devices.peek_clock()
+
+    @last_epoch.setter
+    def last_epoch(self, value: int) -> None:
+        """Composing schedulers count it down and up; the clock is not theirs."""
 
     @property
     def _last_lr(self) -> list[float]:  # type: ignore[override]

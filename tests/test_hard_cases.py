@@ -1,0 +1,382 @@
+"""Things that engines and users do to an optimizer and that were once silently wrong here; one test each."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from fused_sched import FusedScheduledAdam, ScheduleWarning, schedules
+
+SLOW, FAST = schedules.constant(0.1), schedules.constant(0.2)
+
+
+def param(numel: int = 4) -> torch.Tensor:
+    p = torch.ones(numel, requires_grad=True)
+    p.grad = torch.ones(numel)
+    return p
+
+
+def two_groups(**options: Any) -> tuple[torch.Tensor, torch.Tensor, FusedScheduledAdam]:
+    a, b = param(), param()
+    return a, b, FusedScheduledAdam([{"params": [a], "lr": SLOW}, {"params": [b], "lr": FAST}], **options)
+
+
+def moved(p: torch.Tensor) -> float:
+    """How far the first update of a unit gradient moved a parameter: its learning rate."""
+    return round(1.0 - p[0].item(), 6)
+
+
+def initialize_optimizer_states(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
+
+
+# ---- groups in another order -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def test_copies_of_reordered_groups_keep_their_schedules(clone: Any) -> None:
+    _, _, optimizer = two_groups()
+    optimizer.param_groups.reverse()
+    twin = clone(optimizer)
+    for p in (p for group in twin.param_groups for p in group["params"]):
+        p.grad = torch.ones_like(p)
+    twin.step()
+    assert [moved(group["params"][0]) for group in twin.param_groups] == [0.2, 0.1]
+    assert twin.last_lr() == [0.2, 0.1]
+
+
+def test_a_removed_group_leaves_the_others_their_places() -> None:
+    _, b, optimizer = two_groups()
+    optimizer.param_groups[:] = [optimizer.param_groups[1]]
+    optimizer.step()
+    assert moved(b) == 0.2
+    assert optimizer.last_lr() == [0.2]
+    optimizer.set_schedule(schedules.constant(0.5), group=0)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    saved = optimizer.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ScheduleWarning)
+        optimizer.load_state_dict(saved)
+    copy.deepcopy(optimizer)
+
+
+def test_a_new_dict_does_not_take_a_living_groups_schedule() -> None:
+    a, b, optimizer = two_groups()
+    first, second = optimizer.param_groups
+    optimizer.param_groups = [second, dict(first)]
+    with pytest.raises(RuntimeError, match="add_param_group"):
+        optimizer.step()
+    assert a[0].item() == b[0].item() == 1.0
+
+
+def test_the_callers_dict_is_the_group() -> None:
+    group: dict[str, Any] = {"params": [param()], "lr": 0.1}
+    optimizer = FusedScheduledAdam([param()], lr=0.1)
+    optimizer.add_param_group(group)
+    assert optimizer.param_groups[1] is group
+
+
+# ---- state that lies in other state's memory ---------------------------------------------------------
+
+
+def test_swapped_states_in_a_checkpoint_are_swapped() -> None:
+    a, b, optimizer = two_groups()
+    b.grad = torch.full((4,), 3.0)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"] = {0: saved["state"][1], 1: saved["state"][0]}
+    optimizer.load_state_dict(saved)
+    assert [round(optimizer.state[p]["exp_avg"][0].item(), 6) for p in (a, b)] == [0.3, 0.1]
+
+
+def test_swapped_moments_are_swapped() -> None:
+    a, b, optimizer = two_groups(betas=(0.5, 0.5))
+    b.grad = torch.full((4,), 3.0)
+    optimizer.step()
+    first, second = optimizer.state[a], optimizer.state[b]
+    first["exp_avg"], second["exp_avg"] = second["exp_avg"], first["exp_avg"]
+    a.grad, b.grad = torch.zeros(4), torch.zeros(4)
+    optimizer.step()
+    assert [optimizer.state[p]["exp_avg"][0].item() for p in (a, b)] == [0.75, 0.25]
+
+
+def test_transposed_view_of_a_moment_is_taken_as_it_reads() -> None:
+    p = torch.zeros(300, 300, requires_grad=True)
+    optimizer = FusedScheduledAdam([p], lr=0.1, betas=(0.5, 0.5))
+    p.grad = torch.randn(300, 300)
+    optimizer.step()
+    expected = optimizer.state[p]["exp_avg"].t() * 0.5
+    optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].t()
+    p.grad = torch.zeros(300, 300)
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["exp_avg"], expected)
+
+
+def test_a_shallow_copy_does_not_steal_the_state() -> None:
+    p = param()
+    optimizer = FusedScheduledAdam([p], lr=0.1, betas=(0.5, 0.5))
+    optimizer.step()
+    copy.copy(optimizer)
+    optimizer.state[p]["exp_avg"] = torch.full((4,), 100.0)
+    p.grad = torch.zeros(4)
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg"][0].item() == 50.0
+
+
+def test_state_maps_behave_as_dicts() -> None:
+    p = param()
+    optimizer = FusedScheduledAdam([p], lr=0.1, betas=(0.5, 0.5))
+    optimizer.step()
+    assert copy.copy(optimizer.state).keys() == optimizer.state.keys()
+    optimizer.state |= {p: {"exp_avg": torch.full((4,), 8.0)}}
+    p.grad = torch.zeros(4)
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg"][0].item() == 4.0
+
+
+# ---- clocks that travel ------------------------------------------------------------------------------
+
+
+def test_clock_counts_the_steps_another_optimizer_took() -> None:
+    p = param()
+    ours = FusedScheduledAdam([p], lr=FAST)
+    for _ in range(3):
+        ours.step()
+    q = p.detach().clone().requires_grad_()
+    theirs = torch.optim.AdamW([q])
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict(portable=True)))
+    for _ in range(10):
+        q.grad = torch.ones(4)
+        theirs.step()
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.clock == 13
+
+
+def test_flattened_checkpoint_keeps_clock_and_factor() -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict as get
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict as put
+
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+
+    def make() -> tuple[torch.nn.Module, FusedScheduledAdam]:
+        model = torch.nn.Linear(3, 2)
+        optimizer = FusedScheduledAdam(model.parameters(), lr=schedules.linear(0.4, 0.0, 1000))
+        model(torch.ones(1, 3)).sum().backward()
+        return model, optimizer
+
+    model, optimizer = make()
+    optimizer.step()
+    optimizer.set_clock(100)
+    optimizer.param_groups[0]["lr"] *= 0.5
+    flat = get(model, optimizer, options=options)
+    other_model, other = make()
+    put(other_model, other, flat, options=options)
+    assert other.clock == 100
+    other_model(torch.ones(1, 3)).sum().backward()
+    other.step()
+    assert other.last_lr() == [0.5 * schedules.linear(0.4, 0.0, 1000)(100)]
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_factor_of_the_rate_survives_a_checkpoint(portable: bool) -> None:
+    _, _, optimizer = two_groups()
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] *= 0.5
+    saved = optimizer.state_dict(portable=portable)
+    _, _, other = two_groups()
+    other.load_state_dict(saved)
+    assert [group["lr"] for group in other.param_groups] == [0.05, 0.2]
+
+
+def test_a_clock_left_in_the_groups_waits_for_a_good_step() -> None:
+    p = param()
+    optimizer = FusedScheduledAdam([p], lr=schedules.linear(1.0, 0.0, 100))
+    optimizer.step()
+    optimizer.param_groups[0]["clock"] = 50
+    assert optimizer.clock == optimizer.state_dict()["param_groups"][0]["clock"] == 50
+    p.grad = torch.ones(4).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert optimizer.clock == 50
+    p.grad = torch.ones(4)
+    optimizer.step()
+    assert (optimizer.clock, optimizer.last_lr()) == (51, [0.5])
+
+
+def test_a_saved_group_that_is_added_does_not_set_the_clock() -> None:
+    _, _, optimizer = two_groups()
+    for _ in range(5):
+        optimizer.step()
+    saved = optimizer.state_dict()["param_groups"][0]
+    optimizer.add_param_group({**saved, "params": [param()], "clock": 2})
+    assert optimizer.clock == 5
+
+
+@pytest.mark.parametrize("step", [2**53 + 1, 2**63, -1])
+def test_an_impossible_clock_changes_nothing(step: int) -> None:
+    _, _, optimizer = two_groups()
+    optimizer.step()
+    with pytest.raises(ValueError, match="clock"):
+        optimizer.set_clock(step)
+    assert optimizer.clock == 1
+
+
+# ---- rates that were really used ---------------------------------------------------------------------
+
+
+def test_rates_are_those_of_the_step_not_of_the_options_now() -> None:
+    p = param()
+    lr = torch.tensor(0.125)
+    optimizer = FusedScheduledAdam([p], lr=lr)
+    optimizer.step()
+    lr.fill_(0.5)
+    assert optimizer.last_lr() == optimizer.lr_tensor.tolist() == [0.125]
+
+
+def test_a_skipped_step_leaves_the_rate() -> None:
+    optimizer = FusedScheduledAdam([param()], lr=SLOW)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert optimizer.last_lr() == optimizer.last_lr(sync=True) == [0.1]
+
+
+def test_every_group_has_a_rate_before_its_first_step() -> None:
+    optimizer = FusedScheduledAdam([param()], lr=schedules.linear(1.0, 0.0, 100))
+    optimizer.set_clock(50)
+    assert optimizer.last_lr() == [0.5]
+    optimizer.step()
+    optimizer.add_param_group({"params": [param()], "lr": FAST})
+    assert optimizer.last_lr() == [0.5, 0.2]
+
+
+def test_lr_tensor_where_an_engine_has_emptied_the_groups() -> None:
+    _, _, optimizer = two_groups()
+    for group in optimizer.param_groups:
+        group["params"] = []
+    assert optimizer.lr_tensor.shape == (2,)
+
+
+# ---- what must be refused, before anything changes ---------------------------------------------------
+
+
+def test_set_schedule_checks_every_group_first() -> None:
+    _, _, optimizer = two_groups()
+    optimizer.param_groups[0]["eps"] = float("nan")
+    with pytest.raises(ValueError, match="eps"):
+        optimizer.set_schedule(schedules.constant(0.5), group=1)
+    assert optimizer.param_groups[1]["lr"] == 0.2
+
+
+@pytest.mark.parametrize("value", ["0.5", torch.tensor(0.5), None])
+def test_set_schedule_takes_schedules_and_numbers_only(value: Any) -> None:
+    _, _, optimizer = two_groups()
+    with pytest.raises(TypeError, match="Schedule"):
+        optimizer.set_schedule(value)
+
+
+def test_set_schedule_after_a_schedulers_checkpoint() -> None:
+    p = param()
+    theirs = torch.optim.AdamW([p], lr=0.3)
+    torch.optim.lr_scheduler.StepLR(theirs, 1)
+    optimizer = FusedScheduledAdam([p], lr=0.1)
+    optimizer.load_state_dict(theirs.state_dict())
+    optimizer.set_schedule(FAST)
+    optimizer.step()
+    assert optimizer.last_lr() == [0.2]
+
+
+def test_options_of_the_whole_optimizer_are_refused_in_a_group() -> None:
+    with pytest.raises(ValueError, match="grad_divisor"):
+        FusedScheduledAdam([{"params": [param()], "grad_divisor": 8.0}])
+
+
+def test_named_duplicates_and_single_tensors_are_checked_when_constructed() -> None:
+    p = param()
+    with pytest.raises(ValueError, match="twice"):
+        FusedScheduledAdam([("a", p), ("b", p)])
+    with pytest.raises(TypeError, match="complex"):
+        FusedScheduledAdam([{"params": torch.ones(2, dtype=torch.complex64, requires_grad=True)}])
+
+
+@pytest.mark.parametrize("step", [float("nan"), -1.0, torch.tensor(-1.0), torch.tensor(float("inf"))])
+def test_a_step_that_is_no_count_is_refused(step: Any) -> None:
+    p = param()
+    optimizer = FusedScheduledAdam([p], lr=0.1)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.state[p]["step"] = step
+    with pytest.raises(ValueError, match="count"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+def test_the_int64_count_alone_is_enough() -> None:
+    p = param()
+    optimizer = FusedScheduledAdam([p], lr=0.1)
+    optimizer.step()
+    optimizer.state[p]["step_int64"] = 41
+    optimizer.step()
+    assert optimizer.state[p]["step"].item() == optimizer.state[p]["step_int64"].item() == 42
+
+
+def test_a_dry_run_stays_one_after_somebody_looked() -> None:
+    p = param()
+    optimizer = FusedScheduledAdam([p], lr=0.1)
+    assert not optimizer.state[p]
+    caller = dict(initialize_optimizer_states.__globals__, __name__="deepspeed.runtime")
+    exec("def initialize_optimizer_states(optimizer):\n    optimizer.step()", caller)
+    caller["initialize_optimizer_states"](optimizer)
+    assert (optimizer.clock, p[0].item()) == (0, 1.0)
+    assert optimizer.state[p]["exp_avg"].shape == p.shape
+
+
+# ---- tensors whose memory is not their value ---------------------------------------------------------
+
+
+def test_lazily_negated_gradients_and_parameters() -> None:
+    p, q = param(), param()
+    p.grad = torch._neg_view(torch.ones(4))
+    optimizer = FusedScheduledAdam([p, q], lr=0.125, betas=(0.5, 0.5))
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg"][0].item() == -0.5
+    assert p[0].item() > 1.0 > q[0].item()
+
+
+def test_zero_tensors_have_no_memory() -> None:
+    p = param()
+    p.grad = torch._efficientzerotensor((4,))
+    optimizer = FusedScheduledAdam([p], lr=0.125)
+    optimizer.step()
+    assert (p[0].item(), optimizer.clock) == (1.0, 1)
+
+
+def test_slices_of_one_weight_are_apart_and_overlapping_ones_are_not() -> None:
+    fused = torch.zeros(64, 96)
+    parts = [fused[:, i * 32 : (i + 1) * 32].requires_grad_() for i in range(3)]
+    for part in parts:
+        part.grad = torch.ones(64, 32)
+    FusedScheduledAdam(parts, lr=0.125).step()
+    assert torch.allclose(fused, torch.full_like(fused, -0.125))
+    shifted = fused[:, 16:48].detach().requires_grad_()
+    shifted.grad = torch.ones(64, 32)
+    with pytest.raises(RuntimeError, match="share memory"):
+        FusedScheduledAdam([parts[0], shifted], lr=0.125).step()
+
+
+def test_hooks_see_the_checkpoint_that_is_saved() -> None:
+    _, _, optimizer = two_groups()
+    optimizer.step()
+    seen: list[dict[str, Any]] = []
+    optimizer.register_state_dict_post_hook(lambda o, d: seen.append(d) or {"wrapped": d})
+    saved = optimizer.state_dict()
+    assert saved == {"wrapped": seen[0]}
+    assert seen[0]["param_groups"][0]["clock"] == 1
+    assert all(type(value) is dict for value in seen[0]["state"].values())
