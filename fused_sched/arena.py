@@ -122,7 +122,7 @@ class Entry:
 
     def current_pointers(self) -> tuple[int, ...]:
         """Where the visible tensors are; differs from `pointers` when one's `.data` was set."""
-        return tuple(tensor.data_ptr() for tensor in self.tensors.values())
+        return tuple(map(torch.Tensor.data_ptr, self.tensors.values()))
 
     def reclaim(self) -> None:
         """Show the arena again where a visible tensor was pointed elsewhere."""

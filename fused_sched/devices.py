@@ -108,7 +108,8 @@ class Devices:
         """Apply the prepared call on every device."""
         for engine in self.engines.values():
             engine.step(tick, found_inf, grad_scale)
-        self._captured |= torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        on_cuda = any(device.type == "cuda" for device in self.engines)
+        self._captured |= on_cuda and torch.cuda.is_current_stream_capturing()
         self._mirror += tick
         self._last_index = self._mirror - 1
         self._mirror_is_exact &= found_inf is None and not self._captured

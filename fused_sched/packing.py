@@ -215,12 +215,12 @@ class Plan:
             entry = reference()
             if entry is None or entry.moved:
                 return False
-        param_pointers = [p.data_ptr() for p in params]
+        param_pointers = list(map(torch.Tensor.data_ptr, params))
         if param_pointers != self._param_pointers:
             check_overlap(params)
             self._param_pointers = param_pointers
         self.rows["param"] = param_pointers
-        self.rows["grad"] = [g.data_ptr() for g in grads]
+        self.rows["grad"] = list(map(torch.Tensor.data_ptr, grads))
         self._stage(grads)
         return True
 
