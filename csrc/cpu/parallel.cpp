@@ -5,6 +5,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace fused_sched {
@@ -17,14 +18,11 @@ class ThreadPool {
   void run(int64_t count, int num_threads, const std::function<void(int64_t)>& body) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      while (num_workers_ < num_threads - 1) {
-        std::thread(&ThreadPool::work, this, num_workers_, generation_).detach();
-        ++num_workers_;
-      }
+      grow(num_threads - 1);
       body_ = &body;
       count_ = count;
       next_.store(0, std::memory_order_relaxed);
-      running_ = active_ = num_threads - 1;
+      running_ = active_ = num_workers_ < num_threads - 1 ? num_workers_ : num_threads - 1;
       ++generation_;
     }
     wake_.notify_all();
@@ -34,6 +32,17 @@ class ThreadPool {
   }
 
  private:
+  // As far as the system gives threads: fewer make the call slower, not wrong. Called with the lock held.
+  void grow(int num_workers) {
+    try {
+      while (num_workers_ < num_workers) {
+        std::thread(&ThreadPool::work, this, num_workers_, generation_).detach();
+        ++num_workers_;
+      }
+    } catch (const std::system_error&) {
+    }
+  }
+
   void drain(const std::function<void(int64_t)>& body, int64_t count) {
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
   }
