@@ -23,8 +23,8 @@ NVCC_FLAGS = (
 # The element loops, once per instruction set; the fastest that the machine has is chosen at run time.
 ISA_SOURCE = "update_tile.cpp"
 X86_ISA_FLAGS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512".split(),
-    "avx2": "-mavx2 -mfma -mf16c".split(),
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512".split(),
+    "avx2": "-mavx2 -mfma".split(),
     "baseline": ["-DFS_EMULATE_FMA"],  # x86-64 before FMA: same bits, computed in double
 }
 OTHER_ISA_FLAGS: dict[str, list[str]] = {"baseline": []}

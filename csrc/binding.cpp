@@ -8,6 +8,7 @@
 #include <string>
 #include <type_traits>
 
+#include "float_environment.h"
 #include "step.h"
 
 // 1 when FS_MODULE is _cpu.
@@ -121,6 +122,7 @@ void evaluate_program(const py::bytes& program, uint64_t steps, uint64_t values,
   const double* in = reinterpret_cast<const double*>(steps);
   double* out = reinterpret_cast<double*>(values);
   py::gil_scoped_release release;
+  const DefaultFloatEnvironment environment;
   for (int64_t i = 0; i < count; ++i) out[i] = evaluate(reinterpret_cast<const unsigned char*>(bytes), in[i]);
 }
 

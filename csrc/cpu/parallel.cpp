@@ -1,11 +1,10 @@
 #include "parallel.h"
 
-#include <unistd.h>
+#include <pthread.h>
 
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 namespace fused_sched {
@@ -39,7 +38,7 @@ class ThreadPool {
         std::thread(&ThreadPool::work, this, num_workers_, generation_).detach();
         ++num_workers_;
       }
-    } catch (const std::system_error&) {
+    } catch (...) {
     }
   }
 
@@ -79,14 +78,17 @@ class ThreadPool {
 
 std::mutex pool_mutex;
 
+// A forked child has none of the pool's threads, and may have a copy of its locks as another thread held them.
+std::atomic<bool> is_forked_child{false};
+
 }  // namespace
 
 void parallel_for(int64_t count, int num_threads, const std::function<void(int64_t)>& body) {
-  // Never destroyed: its threads may outlive static destruction. A forked child has none of them.
-  static const pid_t owner = getpid();
+  // Never destroyed: its threads may outlive static destruction.
   static ThreadPool& pool = *new ThreadPool;
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
   const int threads = static_cast<int>(count < num_threads ? count : num_threads);
-  if (threads > 1 && getpid() == owner && pool_mutex.try_lock()) {
+  if (threads > 1 && registered == 0 && !is_forked_child && pool_mutex.try_lock()) {
     std::lock_guard<std::mutex> lock(pool_mutex, std::adopt_lock);
     pool.run(count, threads, body);
     return;

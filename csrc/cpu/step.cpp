@@ -1,34 +1,17 @@
 // The CPU backend of step.h.
 #include "../step.h"
 
-#include <fenv.h>
-#include <stdio.h>
-
 #include <algorithm>
 #include <vector>
 
+#include "../check_call.h"
+#include "../float_environment.h"
 #include "isa.h"
 #include "parallel.h"
 
 using namespace fused_sched;
 
 namespace {
-
-// torch.set_flush_denormal(True) changes the caller's floating-point environment, which threads inherit or
-// not; subnormals count here whatever it says, on every thread alike.
-class DefaultFloatEnvironment {
- public:
-  DefaultFloatEnvironment() {
-    fegetenv(&saved_);
-    fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultFloatEnvironment() { fesetenv(&saved_); }
-  DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
-  DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
-
- private:
-  fenv_t saved_;
-};
 
 // Elements per unit of parallel work: large enough that the counter the threads share costs nothing (128 KB of
 // fp32 parameters take about 30 us), small enough to balance a model of many small tensors.
@@ -93,42 +76,60 @@ void advance_tensor(const fs_call& call, int64_t index, double grad_scale) {
   }
 }
 
-}  // namespace
-
-int fs_clock(fs_call* call, char*) {
-  const DefaultFloatEnvironment environment;
-  advance_clock(*call->clock, call->tick != 0, call->found_inf);
-  if (!call->clock->skipped) {
-    for (int64_t i = 0; i < call->num_groups; ++i) {
-      call->values[i] = group_values(call->groups[i], call->clock->step);
-    }
-  }
-  const double grad_scale = call->grad_scale != nullptr ? static_cast<double>(*call->grad_scale) : 1.0;
-  for (int64_t i = 0; i < call->num_tensors; ++i) advance_tensor(*call, i, grad_scale);
-  call->launches += 1;
-  return 0;
+// Every pair of parameter and gradient formats has a loop; only 16-bit parameters have masters.
+bool supported(const fs_tensor& tensor) {
+  const bool narrow = tensor.param_format == kBfloat16 || tensor.param_format == kFloat16;
+  return tensor.moments == kMomentsFloat32 && (tensor.master == kMasterNone || narrow);
 }
 
-int fs_update(fs_call* call, char*) {
-  if (call->clock->skipped) return 0;
-  std::vector<int64_t> run_end(static_cast<size_t>(call->num_tensors));  // running number of runs per tensor
+void check(const fs_call& call) { check_call(call, supported); }
+
+void clock(fs_call& call) {
+  advance_clock(*call.clock, call.tick != 0, call.found_inf);
+  if (!call.clock->skipped) {
+    for (int64_t i = 0; i < call.num_groups; ++i) call.values[i] = group_values(call.groups[i], call.clock->step);
+  }
+  const double grad_scale = call.grad_scale != nullptr ? static_cast<double>(*call.grad_scale) : 1.0;
+  for (int64_t i = 0; i < call.num_tensors; ++i) advance_tensor(call, i, grad_scale);
+}
+
+void update(fs_call& call) {
+  std::vector<int64_t> run_end(static_cast<size_t>(call.num_tensors));  // running number of runs per tensor
   int64_t num_runs = 0;
-  for (int64_t i = 0; i < call->num_tensors; ++i) {
-    num_runs += (call->tensors[i].numel + kRunLength - 1) / kRunLength;
+  for (int64_t i = 0; i < call.num_tensors; ++i) {
+    num_runs += (call.tensors[i].numel + kRunLength - 1) / kRunLength;
     run_end[static_cast<size_t>(i)] = num_runs;
   }
   const fs_update_run update_run = instruction_set().update_run;
-  const int num_threads = static_cast<int>(std::min<int64_t>(call->num_threads, num_runs / kMinRunsPerThread));
+  const int num_threads = static_cast<int>(std::min<int64_t>(call.num_threads, num_runs / kMinRunsPerThread));
   parallel_for(num_runs, num_threads, [&](int64_t run_index) {
     const DefaultFloatEnvironment environment;
     const int64_t index = std::upper_bound(run_end.begin(), run_end.end(), run_index) - run_end.begin();
     const int64_t before = index > 0 ? run_end[static_cast<size_t>(index - 1)] : 0;
     const int64_t first = (run_index - before) * kRunLength;
-    const fs_run run = make_run(*call, index, first, std::min(kRunLength, call->tensors[index].numel - first));
+    const fs_run run = make_run(call, index, first, std::min(kRunLength, call.tensors[index].numel - first));
     update_run(&run);
   });
-  call->launches += 1;
-  return 0;
+}
+
+}  // namespace
+
+int fs_clock(fs_call* call, char* error) {
+  return report_failure(error, [&] {
+    check(*call);
+    const DefaultFloatEnvironment environment;
+    clock(*call);
+    call->launches += 1;
+  });
+}
+
+int fs_update(fs_call* call, char* error) {
+  return report_failure(error, [&] {
+    check(*call);
+    if (call->clock->skipped) return;
+    update(*call);
+    call->launches += 1;
+  });
 }
 
 int fs_device_count(int* count, char*) {

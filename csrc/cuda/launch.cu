@@ -1,48 +1,20 @@
 // The CUDA backend of step.h: packs tensors into tables and launches. Host code only; it neither allocates
 // device memory nor waits for the device.
-#include <exception>
 #include <memory>
 #include <mutex>
 #include <vector>
 
+#include "../check_call.h"
 #include "clock_kernel.cuh"
 #include "update_kernel.cuh"
 
 namespace fused_sched {
 namespace {
 
-#define FS_NAME(identifier, tag, name, ...) name,
-constexpr const char* kFormatNames[] = {FS_FORMATS(FS_NAME)};
-constexpr const char* kMasterNames[] = {FS_MASTERS(FS_NAME)};
-#undef FS_NAME
-constexpr int kNumFormats = sizeof(kFormatNames) / sizeof(kFormatNames[0]);
-constexpr int kNumMasters = sizeof(kMasterNames) / sizeof(kMasterNames[0]);
-
 // Tiles of one launch: a block's tile index plus the grid's size stays within an int. A tensor of
 // kMaxElements is that many of the smallest tiles.
 constexpr int64_t kMaxTiles = int64_t{1} << 30;
-constexpr int64_t kMaxElements = kMaxTiles * kUpdateThreads * kElementsPerThreadFloat64;
-
-template <class... Arguments>
-[[noreturn]] void fail(const char* format, Arguments... arguments) {
-  Failure failure;
-  snprintf(failure.text, sizeof failure.text, format, arguments...);
-  throw failure;
-}
-
-// Runs the body of a function of step.h: a Failure becomes its text and a non-zero status.
-template <class Body>
-int report_failure(char* error, Body body) {
-  try {
-    body();
-    return 0;
-  } catch (const Failure& failure) {
-    memcpy(error, failure.text, kErrorSize);
-  } catch (const std::exception& exception) {
-    snprintf(error, kErrorSize, "%s", exception.what());
-  }
-  return 1;
-}
+static_assert(kMaxTiles * kUpdateThreads * kElementsPerThreadFloat64 >= kMaxElements, "");
 
 // Asks the runtime about a kernel, which loads it. Loading may be refused while a stream of this thread is
 // being captured, unless the thread relaxes its own rule for the moment.
@@ -102,54 +74,17 @@ int combination_of(const fs_tensor& tensor) {
   return (formats * kNumMasters + tensor.master) * 2 + (tensor.amsgrad != 0);
 }
 
-void check_formats(const fs_tensor& tensor, int64_t index) {
-  const long long i = index;
-  if (tensor.param_format >= kNumFormats || tensor.grad_format >= kNumFormats || tensor.master >= kNumMasters) {
-    fail("tensor %lld: unknown tag among parameter %d, gradient %d, master %d", i, tensor.param_format,
-         tensor.grad_format, tensor.master);
-  }
-  if (select_update(tensor).kernel == nullptr) {
-    fail(
-        "tensor %lld: no update kernel for %s parameters with %s gradients, master \"%s\" and moments tag "
-        "%d: "
-        "fp64 goes with fp64 alone, and only 16-bit parameters have masters; convert the gradients",
-        i, kFormatNames[tensor.param_format], kFormatNames[tensor.grad_format], kMasterNames[tensor.master],
-        tensor.moments);
-  }
-}
-
-void check_placement(const fs_call& call, int64_t index) {
-  const fs_tensor& tensor = call.tensors[index];
-  const long long i = index;
-  if (tensor.group < 0 || tensor.group >= call.num_groups) {
-    fail("tensor %lld: group must be in [0, %lld), got %d", i, static_cast<long long>(call.num_groups), tensor.group);
-  }
-  if (tensor.numel == 0) return;  // has no state
-  if (tensor.arena < 0 || tensor.arena >= call.num_arenas) {
-    fail("tensor %lld: arena must be in [0, %lld), got %d", i, static_cast<long long>(call.num_arenas), tensor.arena);
-  }
-  const fs_arena& arena = call.arenas[tensor.arena];
-  const bool needed[kNumSlots] = {true, true, tensor.amsgrad != 0, tensor.master != kMasterNone};
-  for (int slot = 0; slot < kNumSlots; ++slot) {
-    if (needed[slot] && (arena.slot[slot] == 0 || arena.slot[slot] % 16 != 0)) {
-      fail("tensor %lld: slot %d of arena %d must be a 16-byte aligned address, got 0x%llx", i, slot, tensor.arena,
-           static_cast<unsigned long long>(arena.slot[slot]));
-    }
-  }
-  if (tensor.state_offset < 0 || tensor.state_offset % kPadding != 0 || tensor.state_offset / kPadding > UINT32_MAX) {
-    fail("tensor %lld: state_offset must be a multiple of %d in [0, 2^40), got %lld", i, static_cast<int>(kPadding),
-         static_cast<long long>(tensor.state_offset));
-  }
-  if (tensor.numel < 0 || tensor.numel >= kMaxElements) {
-    fail("tensor %lld: numel must be in [0, 2^39), got %lld", i, static_cast<long long>(tensor.numel));
-  }
-}
-
-// Everything is checked before the first launch, so that a refused call has changed nothing.
-void check_call(const fs_call& call) {
+// Everything is checked, and every kernel of the call loaded, before the first launch: a call that cannot be made
+// has changed nothing, and the clock does not move ahead of an update that fails.
+void check_and_load(const fs_call& call) {
+  check_call(call, [](const fs_tensor& tensor) { return select_update(tensor).kernel != nullptr; });
+  bool loaded[kNumCombinations] = {};
   for (int64_t i = 0; i < call.num_tensors; ++i) {
-    check_formats(call.tensors[i], i);
-    check_placement(call, i);
+    bool& known = loaded[combination_of(call.tensors[i])];
+    if (known) continue;
+    known = true;
+    const SelectedUpdate selected = select_update(call.tensors[i]);
+    resident_blocks(reinterpret_cast<const void*>(selected.kernel), kUpdateThreads, call.device);
   }
 }
 
@@ -269,16 +204,16 @@ using namespace fused_sched;
 
 int fs_clock(fs_call* call, char* error) {
   return report_failure(error, [&] {
-    check_call(*call);
     const DeviceGuard guard(call->device);
+    check_and_load(*call);
     clock(*call);
   });
 }
 
 int fs_update(fs_call* call, char* error) {
   return report_failure(error, [&] {
-    check_call(*call);
     const DeviceGuard guard(call->device);
+    check_and_load(*call);
     update(*call);
   });
 }

@@ -11,7 +11,7 @@
 #include <cuda_runtime.h>
 #endif
 
-#include "../step.h"
+#include "../failure.h"
 
 #define FS_DEVICE __device__ __forceinline__
 
@@ -46,11 +46,6 @@ cudaError_t launch_kernel(Kernel<Table> kernel, int num_blocks, int num_threads,
                           dim3(static_cast<unsigned>(num_threads)), arguments, 0, stream);
 }
 #endif
-
-// What the functions of step.h write into `error`; thrown and caught within launch.cu.
-struct Failure {
-  char text[kErrorSize];
-};
 
 // FS_CUDA_CHECK(call): on an error throws "call failed at file:line: name: description".
 inline void check_cuda(cudaError_t status, const char* call, const char* file, int line) {
