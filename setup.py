@@ -37,7 +37,7 @@ class Build(build):
     """Starts from an empty build/lib, where files of an earlier version would end up in the wheel."""
 
     def run(self):
-        shutil.rmtree(self.build_lib, ignore_errors=True)
+        shutil.rmtree(Path(self.build_lib) / "fused_sched", ignore_errors=True)
         super().run()
 
 
@@ -48,6 +48,7 @@ class BuildModules(build_ext):
         (ROOT / FOLDER).mkdir(parents=True, exist_ok=True)
         with locked(ROOT / FOLDER / "lock"):
             info, reasons = compile_modules()
+            check_required(reasons)
             for name in MODULES:
                 target = Path(self.get_ext_fullpath(f"fused_sched.{name}"))
                 if name in reasons:
@@ -55,7 +56,6 @@ class BuildModules(build_ext):
                     target.unlink(missing_ok=True)
                 else:
                     replace_file(ROOT / FOLDER / f"{name}.so", target)
-        check_required(reasons)
         info["version"] = self.distribution.get_version()
         self.info_path().write_text(json.dumps(info, indent=2) + "\n")
 
@@ -75,6 +75,9 @@ class BuildModules(build_ext):
 
 def compile_modules():
     """Builds what can be built. Returns the build's record, and why modules are missing: {name: reason}."""
+    mode = os.environ.get("FUSED_SCHED_CUDA", "auto")
+    if mode not in ("auto", "1", "0"):
+        sys.exit(f"fused_sched: FUSED_SCHED_CUDA must be auto, 1 or 0, got {mode!r}")
     reasons = {}
     compiler = cuda = None
     try:
@@ -114,7 +117,10 @@ def run_ninja(ninja, targets):
     command = [ninja, "-f", str(FOLDER / "build.ninja"), "-k", "0"]
     if os.environ.get("MAX_JOBS"):
         command += ["-j", os.environ["MAX_JOBS"]]
-    done = subprocess.run([*command, *targets], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # Flags of the environment's own could turn on fast-math, after which CPU and CUDA no longer agree.
+    environment = {k: v for k, v in os.environ.items() if k not in ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS")}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run([*command, *targets], cwd=ROOT, env=environment, **streams)
     if done.returncode == 0:
         return done.stdout, None
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]

@@ -7,6 +7,7 @@ after an edit only what includes the edited file is compiled again.
 from __future__ import annotations
 
 import shlex
+import zlib
 from pathlib import Path
 
 from .toolchain import CppCompiler, CudaToolkit
@@ -53,11 +54,12 @@ def ninja_file(root: Path, folder: Path, compiler: CppCompiler, cuda: CudaToolki
     """
     graph = _Graph(folder)
     graph.variable("builddir", [folder.as_posix()])
-    graph.variable("cxx", [compiler.command])
-    graph.variable("cpp_flags", [*CPP_FLAGS, "-Icsrc", *(f"-isystem{path}" for path in compiler.includes)])
+    graph.variable("cxx", list(compiler.command))
+    graph.variable("cpp_flags", [*CPP_FLAGS, "-Icsrc", _version_flag(compiler.version)])
     if cuda is not None:
         graph.variable("nvcc", [cuda.nvcc])
-        graph.variable("nvcc_flags", [*NVCC_FLAGS, "-Icsrc", *_target_flags(cuda)])
+        versions = _version_flag(cuda.version, compiler.version)
+        graph.variable("nvcc_flags", [*NVCC_FLAGS, "-Icsrc", versions, *_target_flags(cuda)])
     graph.lines.append(RULES)
 
     link_flags = ["-pthread"]
@@ -65,7 +67,9 @@ def ninja_file(root: Path, folder: Path, compiler: CppCompiler, cuda: CudaToolki
         link_flags += ["-undefined", "dynamic_lookup"]
 
     isa_flags = X86_ISA_FLAGS if compiler.x86_64 else OTHER_ISA_FLAGS
-    objects = [graph.object("cpp", "csrc/binding.cpp", "_cpu", ["-DFS_MODULE=_cpu"])]
+    # Only the bindings see Python and pybind11, which an isolated build keeps elsewhere every time.
+    python = [f"-isystem{path}" for path in compiler.includes]
+    objects = [graph.object("cpp", "csrc/binding.cpp", "_cpu", ["-DFS_MODULE=_cpu", *python])]
     for source in _sources(root, "csrc/cpu/*.cpp"):
         if source.endswith(f"/{ISA_SOURCE}"):
             objects += [
@@ -76,7 +80,7 @@ def ninja_file(root: Path, folder: Path, compiler: CppCompiler, cuda: CudaToolki
     graph.module("_cpu", objects, link_flags)
 
     if cuda is not None:
-        objects = [graph.object("cpp", "csrc/binding.cpp", "_cuda", ["-DFS_MODULE=_cuda"])]
+        objects = [graph.object("cpp", "csrc/binding.cpp", "_cuda", ["-DFS_MODULE=_cuda", *python])]
         objects += [graph.object("nvcc", source) for source in _sources(root, "csrc/cuda/*.cu")]
         # The static runtime after the objects that need it, and none of its symbols for others to find: torch
         # brings a runtime of its own into the process.
@@ -89,10 +93,16 @@ def _sources(root: Path, pattern: str) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in root.glob(pattern))
 
 
+def _version_flag(*versions: str) -> str:
+    """Makes a command another one when a tool was upgraded in place: its files may well be older than our objects."""
+    return f"-DFS_BUILT_WITH={zlib.crc32(' '.join(versions).encode()):08x}"
+
+
 def _target_flags(cuda: CudaToolkit) -> list[str]:
     """Machine code for each architecture, and PTX of the newest for those to come."""
     newest = cuda.architectures[-1]
-    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in cuda.architectures]
+    flags = [] if cuda.host_compiler is None else ["-ccbin", cuda.host_compiler]
+    flags += [f"-gencode=arch=compute_{name},code=sm_{name}" for name in cuda.architectures]
     flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     return flags + (["--compress-mode=size"] if cuda.compresses else [])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,10 +28,10 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class CppCompiler:
-    command: str
+    command: tuple[str, ...]  # more than one word where $CXX has them: ("ccache", "g++")
     version: str
     target: str  # as in `x86_64-linux-gnu`
-    includes: tuple[str, ...]
+    includes: tuple[str, ...]  # of what sees Python: the binding
 
     @property
     def x86_64(self) -> bool:
@@ -44,6 +45,7 @@ class CudaToolkit:
     runtime_library: str  # libcudart_static.a
     architectures: tuple[str, ...]  # as in ("80", "90")
     compresses: bool  # this nvcc knows --compress-mode (12.8 and newer)
+    host_compiler: str | None  # $CXX where it is one word; None: nvcc's own choice
 
 
 def output_of(*command: str) -> str | None:
@@ -80,9 +82,10 @@ def find_cpp_compiler(environment: Mapping[str, str] = os.environ) -> CppCompile
     if sys.platform == "win32":
         raise Missing("no build for Windows yet: use WSL, or the reference backend")
     named = environment.get("CXX")
-    command = next(filter(shutil.which, [named] if named else ["g++", "c++", "clang++"]), None)
-    target = output_of(command, "-dumpmachine") if command else None
-    version = output_of(command, "--version") if command else None
+    candidates = [tuple(shlex.split(named))] if named else [("g++",), ("c++",), ("clang++",)]
+    command = next((words for words in candidates if words and shutil.which(words[0])), None)
+    target = output_of(*command, "-dumpmachine") if command else None
+    version = output_of(*command, "--version") if command else None
     if command is None or target is None or version is None:
         wanted = f"CXX={named} cannot be run" if named else "none of g++, c++, clang++ is on PATH"
         raise Missing(f"no C++ compiler ({wanted}): install g++, or set CXX")
@@ -93,7 +96,7 @@ def find_cpp_compiler(environment: Mapping[str, str] = os.environ) -> CppCompile
 
 
 def find_cuda_toolkit(environment: Mapping[str, str] = os.environ) -> CudaToolkit:
-    """The toolkit of $CUDA_HOME (or $CUDA_PATH) if that is set, else of the nvcc on PATH or."""
+    """The toolkit of $CUDA_HOME (or $CUDA_PATH) if that is set, else of the nvcc on PATH or in /usr/local/cuda."""
     if environment.get("FUSED_SCHED_CUDA") == "0":
         raise Missing("FUSED_SCHED_CUDA=0")
     home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
@@ -101,13 +104,13 @@ def find_cuda_toolkit(environment: Mapping[str, str] = os.environ) -> CudaToolki
     reasons = []
     for nvcc in filter(None, candidates):
         try:
-            return _toolkit_of(nvcc, environment.get("FUSED_SCHED_CUDA_ARCHS"))
+            return _toolkit_of(nvcc, environment.get("FUSED_SCHED_CUDA_ARCHS"), environment.get("CXX"))
         except Missing as reason:
             reasons.append(str(reason))
     raise Missing("; ".join(dict.fromkeys(reasons)) or "no nvcc on PATH: install the CUDA toolkit, or set CUDA_HOME")
 
 
-def _toolkit_of(nvcc: str, architectures: str | None) -> CudaToolkit:
+def _toolkit_of(nvcc: str, architectures: str | None, host_compiler: str | None) -> CudaToolkit:
     release = re.search(r"release (\d+)\.(\d+), V([\d.]+)", output_of(nvcc, "--version") or "")
     # Asked of nvcc itself: on PATH it may be a wrapper script or a link, far from its toolkit.
     top = re.search(r"^#\$ TOP=(.*)$", output_of(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull) or "", re.M)
@@ -128,6 +131,7 @@ def _toolkit_of(nvcc: str, architectures: str | None) -> CudaToolkit:
         runtime_library=str(library),
         architectures=_choose_architectures(architectures, known),
         compresses="--compress-mode" in (output_of(nvcc, "--help") or ""),
+        host_compiler=host_compiler if host_compiler and len(shlex.split(host_compiler)) == 1 else None,
     )
 
 

@@ -6,7 +6,6 @@ Paste its output into a bug report.
 from __future__ import annotations
 
 import importlib
-import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,13 +16,13 @@ from . import __version__, backends
 
 
 def main() -> None:
-    info = build_info()
+    info = backends.build_info()
     modules = {name: compiled_module(f"_{name}") for name in ("cuda", "cpu")}
     rows = [
         ("fused_sched", f"{__version__} in {Path(__file__).parent}"),
         ("versions", f"Python {platform.python_version()}, torch {of('torch')}, numpy {of('numpy')}"),
         ("built with", compilers(info)),
-        *((f"backend {name}", backend_state(name, info)) for name in ("cuda", "cpu", "reference")),
+        *((f"backend {name}", backend_state(name)) for name in ("cuda", "cpu", "reference")),
         ("instruction sets", instruction_sets(modules["cpu"])),
         ("GPU architectures", gpu_architectures(info) if modules["cuda"] else "none"),
         *tables(modules["cpu"] or modules["cuda"]),
@@ -40,22 +39,10 @@ def compiled_module(name: str) -> ModuleType | None:
         return None
 
 
-def build_info() -> dict[str, Any]:
-    """The build's own record; empty in a checkout that was never built."""
-    try:
-        text = Path(__file__).with_name("_build_info.json").read_text()
-    except FileNotFoundError:
-        return {}
-    info: dict[str, Any] = json.loads(text)
-    return info
-
-
-def backend_state(name: str, info: dict[str, Any]) -> str:
+def backend_state(name: str) -> str:
     usable, reason = backends.available(name)
-    if usable:
-        return "usable"
-    if reason == "not built":
-        return f"not built: {info.get('not_built', {}).get(f'_{name}', 'run make build, or pip install .')}"
+    if usable or reason.startswith("not built"):
+        return "usable" if usable else reason
     return f"built, not usable here: {reason}"
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -65,6 +69,7 @@ def select(name: str, device: torch.device) -> Backend:
             backend = _registered.get(candidate)
             if backend is not None and backend.serves(device) and available(candidate)[0]:
                 return backend
+        _warn_of_reference(device)
         return REFERENCE
     check_name(name)
     usable, reason = available(name)
@@ -102,12 +107,40 @@ def _check_tables(name: str, module: ModuleType) -> None:
         raise ImportError(f"fused_sched backend {name!r} has another layout of state; rebuild the package")
 
 
+def _warn_of_reference(device: torch.device) -> None:
+    """pip does not show what a build says, so a slow installation would go unnoticed."""
+    if device.type in ("cpu", "cuda") and device.type not in _warned:
+        _warned.add(device.type)
+        reason = available(device.type)[1]
+        warnings.warn(
+            f"parameters on {device} are updated by the slow 'reference' backend, because backend "
+            f"{device.type!r} is missing ({reason}); install a compiler and reinstall fused_sched, or pass "
+            "backend='reference' to choose it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+_warned: set[str] = set()
+
+
+def build_info() -> dict[str, Any]:
+    """What the build wrote about itself; empty for a checkout that was never built."""
+    try:
+        info: dict[str, Any] = json.loads(Path(__file__).with_name("_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return info
+
+
 def _load() -> None:
     for name, device_type in (("cpu", "cpu"), ("cuda", "cuda")):
         try:
             module = importlib.import_module(f"fused_sched._{name}")
         except ModuleNotFoundError:
-            _unavailable[name] = "not built"
+            _unavailable[name] = (
+                f"not built: {build_info().get('not_built', {}).get(f'_{name}', 'run make build, or pip install .')}"
+            )
         except ImportError as error:
             _unavailable[name] = str(error)
         else:

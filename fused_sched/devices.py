@@ -10,7 +10,7 @@ import torch
 
 from . import arena, backends, packing
 from . import state as states
-from .engine import CompiledEngine, Engine
+from .engine import CompiledEngine, Engine, is_capturing
 from .hyperparameters import GroupSettings
 from .packing import Work
 from .reference import ReferenceEngine
@@ -83,6 +83,11 @@ class Devices:
 
     def lay_out(self, state: states.StateMap, call: Call, options: Sequence[Mapping[str, Any]]) -> None:
         """Make state and the engines' tables ready for a call; nothing has been changed when this raises."""
+        if any(is_capturing(p.device) for p in call.params):
+            raise RuntimeError(
+                "this step must prepare memory (its first, or one with other tensors or written state), which the "
+                "capture of a CUDA graph does not allow; call step() once with the same tensors before capturing"
+            )
         self.allocate(state, call, options)
         self._drop_engines_without_parameters(options)
         works = [Work(p, g, i, state[p].entry) for p, g, i in zip(*call, strict=True)]
@@ -108,8 +113,7 @@ class Devices:
         """Apply the prepared call on every device."""
         for engine in self.engines.values():
             engine.step(tick, found_inf, grad_scale)
-        on_cuda = any(device.type == "cuda" for device in self.engines)
-        self._captured |= on_cuda and torch.cuda.is_current_stream_capturing()
+        self._captured |= any(map(is_capturing, self.engines))
         self._mirror += tick
         self._last_index = self._mirror - 1
         self._mirror_is_exact &= found_inf is None and not self._captured

@@ -51,6 +51,11 @@ class Engine(Protocol):
         """Kernels or parallel loops the latest step started."""
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on the device now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class CompiledEngine:
     """Runs the clock and the update of `csrc/step.h` on one device."""
 
@@ -85,6 +90,11 @@ class CompiledEngine:
             buffer.copy_(tensor.reshape(()), non_blocking=self.device.type != "cpu")
         if list(settings) == self._pushed:
             return
+        if is_capturing(self.device):
+            raise RuntimeError(
+                "options changed since the last step, and the capture of a CUDA graph would record their upload; call "
+                "opt.push_hyperparameters() before capturing"
+            )
         self._lr_tensors = list(lr_tensors)
         self._lr_copies = []
         programs: dict[bytes, torch.Tensor] = {}

@@ -136,6 +136,43 @@ def test_cuda_can_be_refused_and_required(stub: Path) -> None:
     assert modules(stub) == {"_cpu"}
 
 
+def test_a_failed_required_build_leaves_what_was_there(stub: Path) -> None:
+    build_in_place(stub)
+    before, record = modules(stub), build_info(stub)
+    build_in_place(stub, succeeds=False, FUSED_SCHED_CUDA="1", CUDA_HOME=str(stub / "nowhere"))
+    assert (modules(stub), build_info(stub)) == (before, record)
+
+
+@pytest.mark.parametrize("value", ["off", "yes", ""])
+def test_cuda_setting_must_be_one_of_three(stub: Path, value: str) -> None:
+    assert "auto, 1 or 0" in build_in_place(stub, succeeds=False, FUSED_SCHED_CUDA=value)
+
+
+def test_compiler_may_be_several_words(stub: Path) -> None:
+    build_in_place(stub, CXX="env g++")
+    assert modules(stub) == {"_cpu"}
+
+
+def test_a_compiler_upgraded_in_place_rebuilds_everything(stub: Path) -> None:
+    wrapper = stub / "mycxx"
+    for version in ("first", "second"):
+        wrapper.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo {version} && exit\nexec g++ "$@"\n')
+        wrapper.chmod(0o755)
+        log = build_in_place(stub, CXX=str(wrapper))
+        assert "no work to do" not in log
+        assert build_info(stub)["compiler"].startswith(version)
+    assert "no work to do" in build_in_place(stub, CXX=str(wrapper))
+
+
+def test_only_the_bindings_see_where_pybind11_is(tmp_path: Path) -> None:
+    (tmp_path / "csrc/cpu").mkdir(parents=True)
+    (tmp_path / "csrc/cpu/loops.cpp").touch()
+    compiler = toolchain.CppCompiler(("g++",), "12", "x86_64-linux-gnu", ("/somewhere/include",))
+    text = ninja_file.ninja_file(tmp_path, Path("build/here"), compiler, None)
+    flags = text[text.index("csrc/binding.cpp") :].splitlines()[1]
+    assert text.count("/somewhere/include") == flags.count("/somewhere/include") == 1
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 def test_cuda_is_built_by_toolkit_not_by_gpu(stub: Path) -> None:
     settings = {"FUSED_SCHED_CUDA": "1", "FUSED_SCHED_CUDA_ARCHS": "80 90", "CUDA_VISIBLE_DEVICES": ""}
@@ -200,7 +237,7 @@ def test_pybind11_may_be_the_copy_in_torch(monkeypatch: pytest.MonkeyPatch) -> N
 def test_paths_with_spaces_and_dollars_survive_the_ninja_file(tmp_path: Path) -> None:
     (tmp_path / "csrc/cpu").mkdir(parents=True)
     (tmp_path / "csrc/cpu/a b$c.cpp").touch()
-    compiler = toolchain.CppCompiler("g++", "12", "x86_64-linux-gnu", ("/with space/include",))
+    compiler = toolchain.CppCompiler(("g++",), "12", "x86_64-linux-gnu", ("/with space/include",))
     text = ninja_file.ninja_file(tmp_path, Path("build/here"), compiler, None)
     assert "csrc/cpu/a$ b$$c.cpp" in text
     assert "'-isystem/with space/include'" in text

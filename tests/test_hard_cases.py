@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_sched import FusedScheduledAdam, ScheduleWarning, schedules
+from fused_sched import FusedScheduledAdam, ScheduleWarning, backends, schedules
 
 SLOW, FAST = schedules.constant(0.1), schedules.constant(0.2)
 
@@ -336,6 +336,35 @@ def test_a_dry_run_stays_one_after_somebody_looked() -> None:
     caller["initialize_optimizer_states"](optimizer)
     assert (optimizer.clock, p[0].item()) == (0, 1.0)
     assert optimizer.state[p]["exp_avg"].shape == p.shape
+
+
+def test_falling_back_to_plain_torch_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_registered", {})
+    monkeypatch.setattr(backends, "_warned", set())
+    p = param()
+    with pytest.warns(RuntimeWarning, match="reference"):
+        FusedScheduledAdam([p], lr=0.1).step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FusedScheduledAdam([p], lr=0.1).step()
+
+
+@pytest.mark.parametrize("what", ["tensors", "options"])
+def test_a_capture_that_would_prepare_memory_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = param()
+    optimizer = FusedScheduledAdam([p], lr=0.1)
+    optimizer.step()
+    if what == "tensors":
+        optimizer.state[p]["exp_avg"] = torch.zeros(4)
+    else:
+        optimizer.param_groups[0]["lr"] = 0.2
+    before = p.detach().clone()
+    monkeypatch.setattr("fused_sched.engine.is_capturing", lambda device: True)
+    monkeypatch.setattr("fused_sched.devices.is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="CUDA graph"):
+        optimizer.step()
+    assert optimizer.clock == 1
+    assert torch.equal(p, before)
 
 
 # ---- tensors whose memory is not their value ---------------------------------------------------------
