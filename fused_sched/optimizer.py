@@ -187,7 +187,7 @@ class FusedScheduledAdam(Optimizer):
         self._devices.step(tick, found_inf, grad_scale)
         self._ticks.record(ids, tick)
         self._applied_settings, self._resumed = settings, False
-        torch.autograd.graph.increment_version(call.params)
+        packing.bump_versions(call.params)
 
     def _collect(self) -> Call:
         call = Call([], [], [])

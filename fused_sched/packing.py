@@ -173,6 +173,15 @@ def _byte_offsets(tensor: torch.Tensor) -> npt.NDArray[np.int64]:
     return (starts[:, None] + np.arange(tensor.element_size(), dtype=np.int64)).reshape(-1)
 
 
+def bump_versions(params: list[torch.Tensor]) -> None:
+    """Tell autograd that these were changed in place, which it cannot see."""
+    try:
+        torch.autograd.graph.increment_version(params)
+    except (TypeError, RuntimeError):  # older torch takes one tensor at a time
+        for param in params:
+            torch.autograd.graph.increment_version(param)
+
+
 class Plan:
     """The tensor table of one call on one device, in the memory layout of `fs_tensor`."""
 

@@ -267,3 +267,19 @@ def test_hooks_see_the_checkpoint_that_is_saved() -> None:
     assert saved == {"wrapped": seen[0]}
     assert seen[0]["param_groups"][0]["clock"] == 1
     assert all(type(value) is dict for value in seen[0]["state"].values())
+
+
+def test_autograd_is_told_one_tensor_at_a_time_where_torch_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    increment = torch.autograd.graph.increment_version
+
+    def only_tensors(tensor: Any) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError("expected a tensor")
+        increment(tensor)
+
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", only_tensors)
+    a, b, optimizer = two_groups()
+    before = a._version, b._version
+    optimizer.step()
+    assert a._version > before[0]
+    assert b._version > before[1]
