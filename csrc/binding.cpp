@@ -35,68 +35,46 @@ std::string dtype_of() {
 #define FS_FIELD(Type, field) \
   py::make_tuple(#field, dtype_of<decltype(Type::field)>(), static_cast<int>(offsetof(Type, field)))
 
-py::tuple layout(size_t itemsize, py::list fields) { return py::make_tuple(static_cast<int>(itemsize), fields); }
-
-py::list hyperparameter_fields(const char* name, size_t offset) {
-  py::list fields;
-  for (py::handle item :
-       py::list(py::make_tuple(FS_FIELD(Hyperparameter, scale), FS_FIELD(Hyperparameter, program),
-                               FS_FIELD(Hyperparameter, tensor), FS_FIELD(Hyperparameter, tensor_format)))) {
-    const py::tuple field = py::reinterpret_borrow<py::tuple>(item);
-    fields.append(py::make_tuple(std::string(name) + "." + field[0].cast<std::string>(), field[1],
-                                 field[2].cast<int>() + static_cast<int>(offset)));
-  }
-  return fields;
+// (itemsize, [(field, NumPy dtype, offset)])
+template <class... Fields>
+py::tuple layout(size_t itemsize, Fields... fields) {
+  return py::make_tuple(static_cast<int>(itemsize), py::list(py::make_tuple(fields...)));
 }
 
-// struct name -> (itemsize, [(field, NumPy dtype, offset)])
+// The fields of a Hyperparameter that lies at `offset` in its group, named as in "lr.scale".
+void append_hyperparameter(py::list& fields, const std::string& name, size_t offset) {
+  const py::tuple own =
+      layout(sizeof(Hyperparameter), FS_FIELD(Hyperparameter, scale), FS_FIELD(Hyperparameter, program),
+             FS_FIELD(Hyperparameter, tensor), FS_FIELD(Hyperparameter, tensor_format));
+  for (py::handle item : own[1]) {
+    const py::tuple field = py::reinterpret_borrow<py::tuple>(item);
+    fields.append(py::make_tuple(name + "." + field[0].cast<std::string>(), field[1],
+                                 field[2].cast<int>() + static_cast<int>(offset)));
+  }
+}
+
+// struct name -> layout
 py::dict layouts() {
   py::dict all;
-  py::list tensor;
-  tensor.append(FS_FIELD(fs_tensor, param));
-  tensor.append(FS_FIELD(fs_tensor, grad));
-  tensor.append(FS_FIELD(fs_tensor, step));
-  tensor.append(FS_FIELD(fs_tensor, numel));
-  tensor.append(FS_FIELD(fs_tensor, state_offset));
-  tensor.append(FS_FIELD(fs_tensor, arena));
-  tensor.append(FS_FIELD(fs_tensor, group));
-  tensor.append(FS_FIELD(fs_tensor, param_format));
-  tensor.append(FS_FIELD(fs_tensor, grad_format));
-  tensor.append(FS_FIELD(fs_tensor, master));
-  tensor.append(FS_FIELD(fs_tensor, moments));
-  tensor.append(FS_FIELD(fs_tensor, amsgrad));
-  all["tensor"] = layout(sizeof(fs_tensor), tensor);
-
-  py::list clock;
-  clock.append(FS_FIELD(Clock, step));
-  clock.append(FS_FIELD(Clock, tick_pending));
-  clock.append(FS_FIELD(Clock, skipped));
-  all["clock"] = layout(sizeof(Clock), clock);
-
-  py::list record;
-  record.append(FS_FIELD(StepRecord, count));
-  record.append(FS_FIELD(StepRecord, mirror));
-  all["step_record"] = layout(sizeof(StepRecord), record);
-
-  py::list group;
-  group += hyperparameter_fields("lr", offsetof(GroupRecord, lr));
-  group += hyperparameter_fields("beta1", offsetof(GroupRecord, beta1));
-  group += hyperparameter_fields("beta2", offsetof(GroupRecord, beta2));
-  group += hyperparameter_fields("weight_decay", offsetof(GroupRecord, weight_decay));
-  group.append(FS_FIELD(GroupRecord, eps));
-  group.append(FS_FIELD(GroupRecord, grad_divisor));
-  group.append(FS_FIELD(GroupRecord, flags));
-  all["group"] = layout(sizeof(GroupRecord), group);
-
-  py::list values;
-  values.append(FS_FIELD(GroupValues, lr));
-  values.append(FS_FIELD(GroupValues, beta1));
-  values.append(FS_FIELD(GroupValues, beta2));
-  values.append(FS_FIELD(GroupValues, weight_decay));
-  all["values"] = layout(sizeof(GroupValues), values);
-
-  all["arena"] = layout(sizeof(fs_arena), py::list());
-  all["scalars"] = layout(sizeof(ScalarSlot), py::list());
+  all["tensor"] =
+      layout(sizeof(fs_tensor), FS_FIELD(fs_tensor, param), FS_FIELD(fs_tensor, grad), FS_FIELD(fs_tensor, step),
+             FS_FIELD(fs_tensor, numel), FS_FIELD(fs_tensor, state_offset), FS_FIELD(fs_tensor, arena),
+             FS_FIELD(fs_tensor, group), FS_FIELD(fs_tensor, param_format), FS_FIELD(fs_tensor, grad_format),
+             FS_FIELD(fs_tensor, master), FS_FIELD(fs_tensor, moments), FS_FIELD(fs_tensor, amsgrad));
+  all["clock"] = layout(sizeof(Clock), FS_FIELD(Clock, step), FS_FIELD(Clock, tick_pending), FS_FIELD(Clock, skipped));
+  all["step_record"] = layout(sizeof(StepRecord), FS_FIELD(StepRecord, count), FS_FIELD(StepRecord, mirror));
+  const py::tuple group = layout(sizeof(GroupRecord), FS_FIELD(GroupRecord, eps), FS_FIELD(GroupRecord, grad_divisor),
+                                 FS_FIELD(GroupRecord, flags));
+  py::list group_fields = group[1];
+  append_hyperparameter(group_fields, "lr", offsetof(GroupRecord, lr));
+  append_hyperparameter(group_fields, "beta1", offsetof(GroupRecord, beta1));
+  append_hyperparameter(group_fields, "beta2", offsetof(GroupRecord, beta2));
+  append_hyperparameter(group_fields, "weight_decay", offsetof(GroupRecord, weight_decay));
+  all["group"] = group;
+  all["values"] = layout(sizeof(GroupValues), FS_FIELD(GroupValues, lr), FS_FIELD(GroupValues, beta1),
+                         FS_FIELD(GroupValues, beta2), FS_FIELD(GroupValues, weight_decay));
+  all["arena"] = layout(sizeof(fs_arena));
+  all["scalars"] = layout(sizeof(ScalarSlot));
   return all;
 }
 

@@ -25,6 +25,7 @@ _DEVICES_WITH_ARENAS = ("cpu", "cuda")
 
 #: Bytes of a StepRecord (`csrc/core/clock.h`): int64 count, float32 mirror, padding.
 STEP_RECORD_BYTES = 16
+STEP_RECORD_OFFSETS = {"count": 0, "mirror": 8}
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,8 @@ class Entry:
         """A new tensor over this entry's part of the arena."""
         assert self.arena is not None
         if name in ("step", "step_int64"):
-            start, dtype = self.index * STEP_RECORD_BYTES, torch.int64
-            if name == "step":
-                start, dtype = start + 8, torch.float32
+            field, dtype = ("mirror", torch.float32) if name == "step" else ("count", torch.int64)
+            start = self.index * STEP_RECORD_BYTES + STEP_RECORD_OFFSETS[field]
             return _carve(self.arena.records, start, (), (), dtype)
         dtype = self.layout.compute_dtype
         return _carve(

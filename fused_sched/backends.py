@@ -103,7 +103,10 @@ def _check_tables(name: str, module: ModuleType) -> None:
                 f"fused_sched backend {name!r} and this package disagree on {table}: built {sorted(built)}, "
                 f"expected {sorted(names)}; rebuild the package"
             )
-    if tuple(module.SLOTS) != arena.SLOTS or module.PADDING != arena.PADDING:
+    record_bytes, record_fields = module.LAYOUTS["step_record"]
+    offsets = {field: offset for field, _, offset in record_fields}
+    same_record = record_bytes == arena.STEP_RECORD_BYTES and offsets == arena.STEP_RECORD_OFFSETS
+    if tuple(module.SLOTS) != arena.SLOTS or module.PADDING != arena.PADDING or not same_record:
         raise ImportError(f"fused_sched backend {name!r} has another layout of state; rebuild the package")
 
 
