@@ -75,7 +75,7 @@ def tables(module: ModuleType | None) -> list[tuple[str, str]]:
     """The names of the C++ tables; a name's number is in checkpoints and never changes."""
     if module is None:
         return [("curves, formats", "unknown without a compiled module")]
-    rows = [("curves", "CURVES"), ("combinators", "NODE_KINDS"), ("formats", "FORMATS")]
+    rows = [("curves", "CURVES"), ("tree nodes", "NODE_KINDS"), ("formats", "FORMATS")]
     rows += [("masters", "MASTERS"), ("moments", "MOMENTS")]
     return [(title, ", ".join(str(name) for name in getattr(module, table))) for title, table in rows]
 

@@ -46,10 +46,6 @@ class Engine(Protocol):
     def lr_tensor(self) -> torch.Tensor:
         """The rates just used, float64 [n_groups], on the device; NaN before the first step."""
 
-    @property
-    def launches(self) -> int:
-        """Kernels or parallel loops the latest step started."""
-
 
 def is_capturing(device: torch.device) -> bool:
     """Whether what is launched on the device now goes into a CUDA graph."""
@@ -202,11 +198,6 @@ class CompiledEngine:
         scalar = scalar.detach().to(device=self.device, dtype=torch.float32, non_blocking=non_blocking)
         self._inputs.append(scalar)  # alive until the next call
         return scalar.data_ptr()
-
-    @property
-    def launches(self) -> int:
-        """Kernels or parallel loops the latest step started."""
-        return int(self._call.launches)
 
     def forget_rates(self) -> None:
         self._values.fill_(math.nan)

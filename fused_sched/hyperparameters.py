@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from . import precision
+from ._warnings import ScheduleWarning
 from .schedules import Schedule
 
 #: Hyperparameters that a Schedule may drive.
@@ -20,7 +22,7 @@ SCHEDULABLE = ("lr", "beta1", "beta2", "weight_decay")
 #: group also keeps what the option was when the schedule was set.
 _WITH_REFERENCE = ("lr", "weight_decay")
 
-#: Updates at which a beta schedule is probed when constructed, besides its own extremes: densely where schedules
+#: Updates at which a schedule is probed when it is set, besides its own extremes: densely where schedules
 #: usually have their phases, then ever more sparsely.
 _PROBES = np.array([*range(1 << 16), *(2**k + j for k in range(16, 41) for j in (-1, 0, 1))])
 
@@ -84,7 +86,7 @@ def split_options(options: dict[str, Any]) -> dict[str, Schedule]:
             raise ValueError(f"{name} is one for the whole optimizer; pass it to the constructor, not in a group")
     for name, remedy in TORCH_ONLY.items():
         if options.get(name):
-            raise TypeError(f"FusedScheduledAdam takes no {name!r} option: {remedy}; remove it")
+            raise TypeError(f"FusedScheduledAdam takes no {name!r} option, got {options[name]!r}: {remedy}; remove it")
         options.pop(name, None)
     schedules: dict[str, Schedule] = {}
     betas = options["betas"]
@@ -110,17 +112,28 @@ def split_options(options: dict[str, Any]) -> dict[str, Schedule]:
 
 
 def check_schedule(name: str, schedule: Schedule) -> None:
-    """Raise if a schedule cannot drive this hyperparameter."""
-    if name not in ("beta1", "beta2"):
-        return
+    """Raise if a schedule cannot drive this hyperparameter; warn of a learning rate that turns negative."""
     steps = np.union1d(_PROBES, sorted(schedule.extremes(None)))
     values = schedule(steps)
-    outside = ~((values >= 0.0) & (values < 1.0))
+    if name in ("beta1", "beta2"):
+        rule, outside = "stay in [0, 1)", ~((values >= 0.0) & (values < 1.0))
+    elif name == "weight_decay":
+        rule, outside = "stay finite and not negative", ~((values >= 0.0) & np.isfinite(values))
+    else:
+        rule, outside = "stay finite", ~np.isfinite(values)
     if outside.any():
         first = int(np.argmax(outside))
         raise ValueError(
-            f"a schedule for {name} must stay in [0, 1), got {float(values[first])!r} at update {steps[first]}; "
-            "clamp the curve or end the phase before"
+            f"a schedule for {name} must {rule} at every update, got {float(values[first])!r} at update "
+            f"{steps[first]}; end it before, as in join([schedule, constant(value)], [{steps[first]}])"
+        )
+    if name == "lr" and (values < 0.0).any():
+        first = int(np.argmax(values < 0.0))
+        warnings.warn(
+            f"the learning rate turns negative: {float(values[first])!r} at update {steps[first]}; the optimizer will "
+            "ascend from there",
+            ScheduleWarning,
+            stacklevel=2,
         )
 
 
@@ -141,17 +154,30 @@ def check_options(options: Mapping[str, Any]) -> None:
         _check_number(f"beta{index}", beta, 0.0, 1.0)
     _check_number("eps", options["eps"], 0.0, math.inf)
     _check_number("weight_decay", options["weight_decay"], 0.0, math.inf)
+    for name in ("decoupled_weight_decay", "amsgrad", "maximize"):
+        _check_flag(name, options[name])
     precision.check_names(options["master"], options["moments"])
 
 
 def _check_number(name: str, got: Any, low: float, high: float) -> None:
-    if isinstance(got, torch.Tensor):
-        raise TypeError(f"{name} must be a number or a Schedule, got a tensor; pass float({name}) or a Schedule")
-    if not isinstance(got, Real):
-        raise TypeError(f"{name} must be a number or a Schedule, got {got!r} of type {type(got).__name__}")
+    allowed = "a number or a Schedule" if name in SCHEDULABLE else "a number"
+    if isinstance(got, bool) or not isinstance(got, Real):
+        raise TypeError(f"{name} must be {allowed}, got {got!r} of type {type(got).__name__}; pass float(...) of it")
     value = float(got)
     if not low <= value < high:  # false for NaN as well
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}), got {got!r}")
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}), got {got!r}; choose a value in that range")
+
+
+def _check_flag(name: str, got: Any) -> None:
+    if not isinstance(got, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {got!r} of type {type(got).__name__}; pass a bool")
+
+
+def check_seed(got: Any) -> int:
+    """The seed of stochastic rounding as an int."""
+    if isinstance(got, bool) or not isinstance(got, Integral):
+        raise TypeError(f"seed must be an int, got {got!r} of type {type(got).__name__}; pass int(...) of it")
+    return int(got)
 
 
 def check_grad_divisor(got: Any) -> float:
@@ -248,7 +274,10 @@ def check_keywords(unsupported: Mapping[str, Any], **planned: Any) -> None:
     """Raise for keyword arguments that the constructor does not know, or not yet."""
     for name in unsupported:
         if name in TORCH_ONLY:
-            raise TypeError(f"FusedScheduledAdam takes no {name!r} argument: {TORCH_ONLY[name]}; remove it")
+            got = unsupported[name]
+            raise TypeError(
+                f"FusedScheduledAdam takes no {name!r} argument, got {got!r}: {TORCH_ONLY[name]}; remove it"
+            )
         raise TypeError(f"FusedScheduledAdam got an unexpected keyword argument {name!r}")
     for name, value in planned.items():
         off, remedy = _PLANNED[name]

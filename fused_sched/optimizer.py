@@ -98,7 +98,7 @@ class FusedScheduledAdam(Optimizer):
     ) -> None:
         hyperparameters.check_keywords(unsupported, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite)
         self._grad_divisor = hyperparameters.check_grad_divisor(grad_divisor)
-        self._seed = int(seed)
+        self._seed = hyperparameters.check_seed(seed)
         self._options: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
@@ -199,6 +199,8 @@ class FusedScheduledAdam(Optimizer):
                     grad = getattr(p, "main_grad", None)
                     if grad is None:
                         continue
+                    if not isinstance(grad, torch.Tensor):
+                        raise TypeError(f"p.main_grad must be a tensor or None, got {grad!r}; set it to a gradient")
                 call.params.append(p)
                 call.grads.append(grad)
                 call.groups.append(index)
@@ -222,8 +224,7 @@ class FusedScheduledAdam(Optimizer):
             group: index of the group; None: all of them.
             hyperparameter: "lr", "beta1", "beta2" or "weight_decay".
 
-        A factor that was applied to `group["lr"]` stays when one schedule follows another: lr = new reference *
-        old ratio. Raises before anything has changed.
+        A factor applied to `group["lr"]` stays when one schedule follows another. Raises before anything changes.
         """
         if hyperparameter not in SCHEDULABLE:
             raise ValueError(f"hyperparameter must be one of {', '.join(SCHEDULABLE)}, got {hyperparameter!r}")

@@ -84,7 +84,9 @@ def check_work(param: torch.Tensor, grad: torch.Tensor) -> None:
             "move it with grad.to(p.device)"
         )
     if grad.shape != param.shape:
-        raise RuntimeError(f"a gradient must have its parameter's shape, got {tuple(grad.shape)} for {where}")
+        raise RuntimeError(
+            f"a gradient must have its parameter's shape, got {tuple(grad.shape)} for {where}; reshape it"
+        )
     if param.device.type == "meta":
         raise RuntimeError(f"{where} is on the meta device and has no values; materialise the model before step()")
     if _overlaps_itself(param):

@@ -35,7 +35,7 @@ def _check_name(what: str, got: object, built: tuple[str, ...], planned: tuple[s
     choices = ", ".join(repr(name) for name in built)
     if got in planned:
         raise NotImplementedError(f"{what}={got!r} is planned but not built yet; use one of {choices}")
-    raise ValueError(f"{what} must be one of {choices}, got {got!r}")
+    raise ValueError(f"{what} must be one of {choices}, got {got!r}; choose one of them")
 
 
 def resolve_master(master: str, dtype: torch.dtype) -> str:

@@ -80,10 +80,6 @@ class ReferenceEngine:
     def forget_rates(self) -> None:
         self._lrs.fill_(math.nan)
 
-    @property
-    def launches(self) -> int:
-        return 0
-
     def read_clock(self) -> int:
         return self._clock
 

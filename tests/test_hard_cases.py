@@ -283,3 +283,86 @@ def test_autograd_is_told_one_tensor_at_a_time_where_torch_wants_it(monkeypatch:
     optimizer.step()
     assert a._version > before[0]
     assert b._version > before[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_devices_without_arenas_keep_ordinary_tensors(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mps and xpu cannot slice storages; the reference backend needs no arenas."""
+
+    def trained() -> tuple[torch.Tensor, FusedScheduledAdam]:
+        p = torch.linspace(-1, 1, 37).to(dtype).requires_grad_()
+        optimizer = FusedScheduledAdam([p], lr=FAST, weight_decay=0.1, backend="reference")
+        for _ in range(3):
+            p.grad = torch.linspace(1, 2, 37).to(dtype)
+            optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        return p.detach(), optimizer
+
+    expected, _ = trained()
+    monkeypatch.setattr("fused_sched.arena._DEVICES_WITH_ARENAS", ())
+    p, optimizer = trained()
+    assert torch.equal(p, expected)
+    assert next(iter(optimizer.state.values())).entry.arena is None
+
+
+# ---- schedules that cannot drive -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_schedules_that_overflow_are_refused(name: str) -> None:
+    growing = schedules.exponential(1e-3, 10.0)
+    with pytest.raises(ValueError, match=f"{name} must stay finite.*at update 309"):
+        FusedScheduledAdam([param()], **{name: growing})
+    optimizer = FusedScheduledAdam([param()])
+    with pytest.raises(ValueError, match="finite"):
+        optimizer.set_schedule(growing, hyperparameter=name)
+    optimizer.set_schedule(schedules.join([growing, schedules.constant(0.1)], [100]), hyperparameter=name)
+
+
+def test_a_rate_that_turns_negative_is_said() -> None:
+    with pytest.warns(ScheduleWarning, match="negative"):
+        FusedScheduledAdam([param()], lr=schedules.linear(1e-2, -1e-3, 10))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("eps", schedules.constant(1e-8), "eps must be a number, got"),
+        ("amsgrad", "false", "True or False"),
+        ("decoupled_weight_decay", None, "True or False"),
+        ("seed", 1.7, "seed must be an int"),
+        ("seed", "x", "seed must be an int"),
+        ("lr", True, "lr must be a number or a Schedule"),
+    ],
+)
+def test_options_of_the_wrong_type_say_the_rule(option: str, value: Any, rule: str) -> None:
+    with pytest.raises(TypeError, match=rule):
+        FusedScheduledAdam([param()], **{option: value})
+
+
+def test_main_grad_must_be_a_tensor() -> None:
+    p = torch.ones(4, requires_grad=True)
+    p.main_grad = "later"  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="main_grad"):
+        FusedScheduledAdam([p]).step()
+
+
+@pytest.mark.cuda
+def test_a_captured_graph_follows_the_schedule_and_its_replacement() -> None:
+    if not backends.available("cuda")[0]:
+        pytest.skip(backends.available("cuda")[1])
+    p = torch.zeros(1000, device="cuda", requires_grad=True)
+    p.grad = torch.ones_like(p)
+    first, second = schedules.linear(1.0, 0.0, 100), schedules.table([0.25] * 4000)
+    optimizer = FusedScheduledAdam([p], lr=first)
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for index in range(1, 4):
+        graph.replay()
+        assert optimizer.last_lr() == optimizer.lr_tensor.tolist() == [first(index)]
+    optimizer.set_schedule(second)
+    graph.replay()
+    assert (optimizer.clock, optimizer.lr_tensor.tolist()) == (5, [0.25])

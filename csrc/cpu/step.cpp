@@ -20,7 +20,10 @@ constexpr int64_t kRunLength = 32768;
 // A thread is woken for no fewer runs than this: waking takes some 10 us, two runs in cache 20 us.
 constexpr int64_t kMinRunsPerThread = 2;
 
-constexpr int64_t bytes_per_element(int32_t format) { return format == kFloat64 ? 8 : format == kFloat32 ? 4 : 2; }
+// Indexed by Format, whose tags check_call has seen to be in range.
+#define FS_STORED_BYTES(identifier, tag, name, Codec) sizeof(Codec::Storage),
+constexpr int64_t kBytesPerElement[] = {FS_FORMATS(FS_STORED_BYTES)};
+#undef FS_STORED_BYTES
 
 template <class Pointer>
 Pointer address(uint64_t base, int64_t bytes) {
@@ -33,8 +36,8 @@ fs_run make_run(const fs_call& call, int64_t index, int64_t first, int64_t count
   const int64_t state_bytes = tensor.param_format == kFloat64 ? 8 : 4;
   const int64_t state = (tensor.state_offset + first) * state_bytes;
   fs_run run;
-  run.param = address<void*>(tensor.param, first * bytes_per_element(tensor.param_format));
-  run.grad = address<const void*>(tensor.grad, first * bytes_per_element(tensor.grad_format));
+  run.param = address<void*>(tensor.param, first * kBytesPerElement[tensor.param_format]);
+  run.grad = address<const void*>(tensor.grad, first * kBytesPerElement[tensor.grad_format]);
   run.exp_avg = address<void*>(arena.slot[kExpAvg], state);
   run.exp_avg_sq = address<void*>(arena.slot[kExpAvgSq], state);
   run.max_exp_avg_sq = tensor.amsgrad ? address<void*>(arena.slot[kMaxExpAvgSq], state) : nullptr;

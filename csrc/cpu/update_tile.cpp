@@ -3,6 +3,8 @@
 // multiply: a new one is one decode and one encode loop, not a copy of the update for each partner.
 #include "update_tile.h"
 
+#include <type_traits>
+
 #include "../core/adam.h"
 #include "../core/codec.h"
 
@@ -129,18 +131,25 @@ State<T> state_of(const fs_run& run) {
   return {static_cast<T*>(run.exp_avg), static_cast<T*>(run.exp_avg_sq), static_cast<T*>(run.max_exp_avg_sq)};
 }
 
+// Which of the two a format needs follows from its row; a new row brings its loop.
+template <class Codec, bool kAmsgrad>
+void update_format(const fs_run& run) {
+  using T = typename Codec::Compute;
+  const StepScalars<T>& scalars = *static_cast<const StepScalars<T>*>(run.scalars);
+  if constexpr (std::is_same<typename Codec::Storage, T>::value) {
+    update_wide<kAmsgrad>(run, state_of<T>(run), scalars);
+  } else {
+    update_narrow<Codec, kAmsgrad>(run, state_of<T>(run), scalars);
+  }
+}
+
 template <bool kAmsgrad>
 void update_run(const fs_run& run) {
-  if (run.param_format == kFloat64) {
-    update_wide<kAmsgrad>(run, state_of<double>(run), *static_cast<const StepScalars<double>*>(run.scalars));
-    return;
-  }
-  const State<float> state = state_of<float>(run);
-  const StepScalars<float>& scalars = *static_cast<const StepScalars<float>*>(run.scalars);
   switch (run.param_format) {
-    case kBfloat16: return update_narrow<Bfloat16, kAmsgrad>(run, state, scalars);
-    case kFloat16: return update_narrow<Float16, kAmsgrad>(run, state, scalars);
-    default: return update_wide<kAmsgrad>(run, state, scalars);
+#define FS_UPDATE_FORMAT(identifier, tag, name, Codec) \
+  case identifier: return update_format<Codec, kAmsgrad>(run);
+    FS_FORMATS(FS_UPDATE_FORMAT)
+#undef FS_UPDATE_FORMAT
   }
 }
 
