@@ -66,6 +66,12 @@ def backend(request: pytest.FixtureRequest, get_backend: Callable[[str], Backend
     return get_backend(request.param)
 
 
+@pytest.fixture(params=[name for name in COMPILED if name != "cpu"])
+def beside_cpu(request: pytest.FixtureRequest, get_backend: Callable[[str], Backend]) -> Backend:
+    """The backends that must agree bit for bit with the compiled CPU one."""
+    return get_backend(request.param)
+
+
 @pytest.fixture(params=COMPILED)
 def compiled(request: pytest.FixtureRequest, get_backend: Callable[[str], Backend]) -> Backend:
     """The backends that must agree bit for bit."""

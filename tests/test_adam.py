@@ -64,10 +64,10 @@ def test_stays_within_bounds_of_the_oracle(case: Case, backend: Backend) -> None
 
 @each_case
 def test_compiled_backends_give_the_same_bits(
-    case: Case, compiled: Backend, get_backend: Callable[[str], Backend]
+    case: Case, beside_cpu: Backend, get_backend: Callable[[str], Backend]
 ) -> None:
     results = []
-    for backend in (get_backend("cpu"), compiled):
+    for backend in (get_backend("cpu"), beside_cpu):
         problem = Problem(case, backend.device)
         optimizer = problem.optimizer(backend.name)
         problem.run(optimizer, UPDATES)
@@ -94,12 +94,12 @@ SPECIALS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("master", ["none", "fp32"])
 def test_special_values_give_the_same_bits(
-    dtype: torch.dtype, master: str, compiled: Backend, get_backend: Callable[[str], Backend]
+    dtype: torch.dtype, master: str, beside_cpu: Backend, get_backend: Callable[[str], Backend]
 ) -> None:
     specials = torch.tensor(SPECIALS, dtype=torch.float64).to(dtype)
     pairs = torch.cartesian_prod(specials, specials)
     results = []
-    for backend in (get_backend("cpu"), compiled):
+    for backend in (get_backend("cpu"), beside_cpu):
         param = backend.parameter(pairs[:, 0], dtype)
         optimizer = backend.optimizer([param], lr=0.1, weight_decay=0.1, amsgrad=True, master=master)
         for _ in range(3):

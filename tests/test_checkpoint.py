@@ -76,7 +76,7 @@ def test_portable_state_resumes_the_same_way(case: Case, backend: Backend) -> No
     assert_same(snapshot(again), snapshot(optimizer))
 
 
-def test_backends_read_each_others_checkpoints(compiled: Backend, get_backend: Any) -> None:
+def test_backends_read_each_others_checkpoints(beside_cpu: Backend, get_backend: Any) -> None:
     """The live backend wins, and a run moves between the compiled ones without changing a bit."""
     case = by_name("all_dtypes_in_a_group")
     cpu = get_backend("cpu")
@@ -86,7 +86,7 @@ def test_backends_read_each_others_checkpoints(compiled: Backend, get_backend: A
     saved, weights = optimizer.state_dict(), copied_params(problem)
     saved = through_a_file(saved)
     problem.run(optimizer, HALF)
-    problem, other = resumed(case, compiled, saved, weights)
+    problem, other = resumed(case, beside_cpu, saved, weights)
     problem.run(other, HALF)
     assert_same(snapshot(other), snapshot(optimizer))
 
