@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from . import arena, checkpoint, hyperparameters, packing
 from . import state as states
-from .clock import TickRule
-from .devices import Call, Devices, called_for_allocation
-from .groups import GroupRecord, GroupTable
-from .hyperparameters import SCHEDULABLE, GroupSettings
-from .scheduler import SECOND_SCHEDULER, ObservingScheduler, refuse_second_scheduler
+from .base import NO_CLOCK, OptimizerBase
+from .devices import Call, called_for_allocation
+from .hyperparameters import SCHEDULABLE
+from .scheduler import SECOND_SCHEDULER, refuse_second_scheduler
 from .schedules import Schedule
 
-#: A double tells all steps up to this one apart, and so do schedules.
-_MAX_CLOCK = 2**53
 
-#: What a group's "clock" holds unless an engine has restored one there. The key is always there, because engines
-#: restore those that exist.
-_NO_CLOCK = -1
-
-
-class FusedScheduledAdam(Optimizer):
+class FusedScheduledAdam(OptimizerBase):
     r"""Adam and AdamW with scheduled hyperparameters, evaluated and applied on the device in one pass.
 
     For update t = 1, 2, ... of a parameter, with the schedule clock at T-1 = number of updates applied before:
@@ -70,8 +59,6 @@ class FusedScheduledAdam(Optimizer):
     Source: Kingma and Ba 2015 (Adam); Loshchilov and Hutter 2019 (decoupled decay); Reddi et al. 2018 (AMSGrad);
     order of operations as torch 2.13's fused AdamW, moments as in `csrc/core/adam.h`.
     """
-
-    state: states.StateMap
 
     #: GradScaler then hands over `grad_scale` and `found_inf` instead of waiting for the device.
     _step_supports_amp_scaling = True
@@ -116,17 +103,21 @@ class FusedScheduledAdam(Optimizer):
         hyperparameters.check_options(defaults)
         super().__init__(params, defaults)
 
-    def _reset_runtime(self, backend: str, clock: int) -> None:
-        """What is rebuilt rather than saved: engines, prepared calls, the tick rule's memory."""
-        self._records = GroupTable()
-        self._devices = Devices(backend, clock)
-        self._ticks = TickRule()
-        self._applied_settings: list[GroupSettings] = []
-        self._resumed = False  # a checkpoint was loaded, and no step taken since
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its options may be Schedules and default to the constructor's."""
-        options = {**self._options, **param_group, "clock": _NO_CLOCK}
+        """Add a group; its options may be Schedules and default to the constructor's.
+
+        Raises ValueError or TypeError for options or parameters that the constructor would refuse.
+
+        Example:
+            >>> import torch
+            >>> from fused_sched import FusedScheduledAdam, schedules
+            >>> p = torch.zeros(256, requires_grad=True)
+            >>> opt = FusedScheduledAdam([p], lr=schedules.linear(1.0, 0.0, 100))
+            >>> opt.add_param_group({"params": [torch.zeros(8, requires_grad=True)], "lr": 0.25})
+            >>> opt.last_lr()
+            [1.0, 0.25]
+        """
+        options = {**self._options, **param_group, "clock": NO_CLOCK}
         schedules = hyperparameters.split_options(options)
         hyperparameters.check_options(options)
         params = options["params"]
@@ -150,7 +141,18 @@ class FusedScheduledAdam(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Apply one update to every parameter that has a gradient; returns the closure's loss.
 
-        Raises before anything has changed if a gradient, parameter or option is unusable.
+        Raises TypeError, ValueError or RuntimeError, before anything has changed, if a gradient, a parameter or an
+        option is unusable.
+
+        Example:
+            >>> import torch
+            >>> from fused_sched import FusedScheduledAdam, schedules
+            >>> p = torch.zeros(256, requires_grad=True)
+            >>> opt = FusedScheduledAdam([p], lr=schedules.linear(1.0, 0.0, 100))
+            >>> p.grad = torch.ones(256)
+            >>> opt.step()
+            >>> opt.clock, p[0].item()
+            (1, -1.0)
         """
         loss = None
         if closure is not None:
@@ -208,14 +210,6 @@ class FusedScheduledAdam(Optimizer):
 
     # -- hyperparameters -----------------------------------------------------------------------------------
 
-    def _push(self, settings: list[GroupSettings]) -> None:
-        lrs = [r.group["lr"] for r in self._records]
-        self._devices.push(settings, [lr if isinstance(lr, torch.Tensor) else None for lr in lrs])
-
-    def push_hyperparameters(self) -> None:
-        """Bring edits of the groups to the device; step() does it by itself, graph replays do not."""
-        self._push(self._records.settings(self._grad_divisor))
-
     def set_schedule(self, schedule: Schedule | float, group: int | None = None, hyperparameter: str = "lr") -> None:
         """Drive a hyperparameter by another schedule, or by a number; the clock goes on.
 
@@ -224,7 +218,17 @@ class FusedScheduledAdam(Optimizer):
             group: index of the group; None: all of them.
             hyperparameter: "lr", "beta1", "beta2" or "weight_decay".
 
-        A factor applied to `group["lr"]` stays when one schedule follows another. Raises before anything changes.
+        A factor applied to `group["lr"]` stays when one schedule follows another. Raises IndexError, ValueError or
+        TypeError before anything changes.
+
+        Example:
+            >>> import torch
+            >>> from fused_sched import FusedScheduledAdam, schedules
+            >>> p = torch.zeros(256, requires_grad=True)
+            >>> opt = FusedScheduledAdam([p], lr=schedules.linear(1.0, 0.0, 100))
+            >>> opt.set_schedule(schedules.constant(0.5))
+            >>> opt.last_lr()
+            [0.5]
         """
         if hyperparameter not in SCHEDULABLE:
             raise ValueError(f"hyperparameter must be one of {', '.join(SCHEDULABLE)}, got {hyperparameter!r}")
@@ -245,84 +249,20 @@ class FusedScheduledAdam(Optimizer):
             record.schedules = schedules
         self.push_hyperparameters()
 
-    # -- clock and rates -----------------------------------------------------------------------------------
-
-    @property
-    def clock(self) -> int:
-        """Updates applied so far, T. Waits for the device."""
-        pending = self._pending_clock()
-        return self._devices.read_clock() if pending is None else pending
-
-    def set_clock(self, step: int) -> None:
-        """Set T, the index of the next update in every schedule; the parameters' own step counts stay.
-
-        Example:
-            >>> import torch
-            >>> from fused_sched import FusedScheduledAdam
-            >>> opt = FusedScheduledAdam([torch.zeros(2, requires_grad=True)])
-            >>> opt.set_clock(500)
-            >>> opt.clock
-            500
-        """
-        value = -1 if isinstance(step, bool) else operator.index(step)
-        if not 0 <= value <= _MAX_CLOCK:
-            raise ValueError(f"the clock must be in [0, 2^53], which schedules can tell apart, got {step!r}")
-        for group in self.param_groups:
-            group["clock"] = _NO_CLOCK
-        self._devices.write_clock(value)
-        self._ticks.forget_round()
-
-    def _pending_clock(self) -> int | None:
-        """What an engine that restores checkpoints key by key has left in the groups."""
-        return max((int(g["clock"]) for g in self.param_groups if int(g.get("clock", -1)) >= 0), default=None)
-
-    def _take_clock_from_groups(self) -> None:
-        pending = self._pending_clock()
-        if pending is not None:
-            self.set_clock(pending)
-
-    def last_lr(self, sync: bool = False) -> list[float]:
-        """The rates of the latest step, one per group; before the first, those it will use.
-
-        Without `sync` nothing waits for a CUDA device, unless only the device can know: a step was given
-        `found_inf`, a step was captured in a graph, or the rate is a CUDA tensor.
-        """
-        used = self._devices.used_rates(sync, self._applied_settings)
-        indices = [self._records.index_of(group, self.param_groups) for group in self.param_groups]
-        return [
-            used[i] if i < len(used) and not math.isnan(used[i]) else self._next_rate(self._records[i]) for i in indices
-        ]
-
-    def _next_rate(self, record: GroupRecord) -> float:
-        """The rate of a group that took no step yet, or whose latest is only known from its checkpoint."""
-        lr = record.group["lr"]
-        source = record.settings(self._grad_divisor).lr
-        index = max(0, self.clock - self._resumed)
-        return source.value(index, lr if isinstance(lr, torch.Tensor) else None)
-
-    @property
-    def lr_tensor(self) -> torch.Tensor:
-        """The rates just used, float64 [n_groups], on the first parameter's device; for logging without a wait.
-
-        In the order in which the groups were added; NaN before the first step.
-        """
-        if self._devices.first is None:
-            params = (p for record in self._records for p in record.group["params"])
-            self._devices.engine(next((p.device for p in params), torch.device("cpu")))
-            self.push_hyperparameters()
-        assert self._devices.first is not None
-        return self._devices.first.lr_tensor
-
-    def scheduler(self) -> ObservingScheduler:
-        """A handle for frameworks that want an LRScheduler: it observes, never drives."""
-        return ObservingScheduler(self)
-
     # -- state ---------------------------------------------------------------------------------------------
 
     def bytes_per_param(self) -> float:
         """Persistent bytes of masters and moments per parameter element, padding included, as allocated.
 
         Before the first step: as they will be.
+
+        Example:
+            >>> import torch
+            >>> from fused_sched import FusedScheduledAdam, schedules
+            >>> p = torch.zeros(256, requires_grad=True)
+            >>> opt = FusedScheduledAdam([p], lr=schedules.linear(1.0, 0.0, 100))
+            >>> opt.bytes_per_param()
+            8.0
         """
         kept = [s.entry.layout for s in self.state.values() if isinstance(s, states.ParamState) and s.entry]
         layouts = kept or [
@@ -336,6 +276,16 @@ class FusedScheduledAdam(Optimizer):
 
         Args:
             portable: only what torch's AdamW knows, and the masters: for other optimizers and resharding.
+
+        Raises RuntimeError if there is state of a parameter that no group holds.
+
+        Example:
+            >>> import torch
+            >>> from fused_sched import FusedScheduledAdam, schedules
+            >>> p = torch.zeros(256, requires_grad=True)
+            >>> opt = FusedScheduledAdam([p], lr=schedules.linear(1.0, 0.0, 100))
+            >>> opt.state_dict()["param_groups"][0]["clock"]
+            0
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -347,53 +297,17 @@ class FusedScheduledAdam(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of this optimizer or of torch's Adam/AdamW, into the memory already in use.
 
-        Options come from the checkpoint, except master, moments and the constructor's schedules.
+        Options come from the checkpoint, except master, moments and the constructor's schedules. Raises ValueError
+        or TypeError, before anything has changed, for a checkpoint of other groups, parameters or shapes; warns
+        (ScheduleWarning) if it was trained with another schedule.
+
+        Example:
+            >>> import torch
+            >>> from fused_sched import FusedScheduledAdam, schedules
+            >>> p = torch.zeros(256, requires_grad=True)
+            >>> opt = FusedScheduledAdam([p], lr=schedules.linear(1.0, 0.0, 100))
+            >>> opt.load_state_dict(torch.optim.AdamW([p], lr=0.1).state_dict())
+            >>> opt.last_lr()  # the schedule wins
+            [1.0]
         """
         checkpoint.load(self, state_dict)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "state" and not isinstance(value, states.StateMap):
-            value = states.StateMap(value)
-        attaches = name == "step" and hasattr(value, "_wrapped_by_lr_sched")
-        if attaches and any("lr" in record.schedules for record in self._records):
-            for record in self._records:
-                record.group.pop("initial_lr", None)  # which the scheduler has just added
-            raise RuntimeError(SECOND_SCHEDULER)
-        super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            "defaults": self.defaults,
-            "state": self.state,
-            "param_groups": self.param_groups,
-            "_options": self._options,
-            "_groups": [(record.group, record.schedules) for record in self._records],
-            "_grad_divisor": self._grad_divisor,
-            "_seed": self._seed,
-            "_backend": self._devices.backend,
-            "_clock": self.clock,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        groups = state.pop("_groups", None)
-        backend, clock = state.pop("_backend", "auto"), state.pop("_clock", 0)
-        if groups is not None:
-            self._reset_runtime(backend, clock)
-            self._resumed = clock > 0
-            for group, schedules in groups:
-                self._records.add(group, schedules)
-        if "state" in state:
-            state["state"] = states.StateMap(state["state"])
-        super().__setstate__(state)
-
-    def __repr__(self) -> str:
-        lines = [f"{type(self).__name__} ("]
-        for index, record in enumerate(self._records.of(self.param_groups)):
-            lines.append(f"Parameter Group {index}: {len(record.group['params'])} tensors")
-            shown = {k: v for k, v in record.group.items() if k not in ("params", "param_names", "clock")}
-            for name, schedule in record.schedules.items():
-                shown[f"{name} schedule"] = schedule
-            lines.extend(f"    {key}: {shown[key]}" for key in sorted(shown))
-        lines.append(f"grad_divisor: {self._grad_divisor}, backend: {self._devices.backend!r}")
-        return "\n".join(lines) + "\n)"

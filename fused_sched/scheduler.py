@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.lr_scheduler import LRScheduler
 
 if TYPE_CHECKING:
+    from .base import OptimizerBase
     from .groups import GroupRecord
-    from .optimizer import FusedScheduledAdam
 
 SECOND_SCHEDULER = (
     "this optimizer computes its own schedule (lr is a fused_sched Schedule), so a second scheduler that writes "
@@ -33,9 +33,9 @@ class ObservingScheduler(LRScheduler):
     process or per epoch, each in its own way; none of that changes the rate.
     """
 
-    optimizer: FusedScheduledAdam
+    optimizer: OptimizerBase
 
-    def __init__(self, optimizer: FusedScheduledAdam) -> None:
+    def __init__(self, optimizer: OptimizerBase) -> None:
         # Not LRScheduler.__init__: it patches optimizer.step, adds "initial_lr" and writes group["lr"].
         self.optimizer = optimizer
         self._step_count = 1

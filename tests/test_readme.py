@@ -15,6 +15,7 @@ import torch
 
 import fused_sched
 from fused_sched import FusedScheduledAdam, schedules
+from fused_sched.base import OptimizerBase
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -89,3 +90,11 @@ def test_the_demo_reaches_its_accuracy(tmp_path: Path) -> None:
     assert rates is not None
     assert float(rates[1]) <= 5e-3 * 2.0**-51  # two ulp of the peak: libm's cosine against the core's
     assert (tmp_path / "digits.png").stat().st_size > 10_000
+
+
+def test_every_public_member_of_the_optimizer_has_an_example() -> None:
+    for cls in (FusedScheduledAdam, OptimizerBase):
+        for name, member in vars(cls).items():
+            if name.startswith("_") or not (callable(member) or isinstance(member, property)):
+                continue
+            assert ">>> " in (member.__doc__ or ""), name

@@ -1,0 +1,219 @@
+"""Clock, rates and what an optimizer consists of: all of `FusedScheduledAdam` but its steps and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from . import state as states
+from .clock import TickRule
+from .devices import Devices
+from .groups import GroupRecord, GroupTable
+from .hyperparameters import GroupSettings
+from .scheduler import SECOND_SCHEDULER, ObservingScheduler
+
+#: A double tells all steps up to this one apart, and so do schedules.
+_MAX_CLOCK = 2**53
+
+#: What a group's "clock" holds unless an engine has restored one there. The key is always there, because engines
+#: restore those that exist.
+NO_CLOCK = -1
+
+
+class OptimizerBase(Optimizer):
+    """The part of `FusedScheduledAdam` that answers questions: its clock and rates, its pickled and printed form."""
+
+    state: states.StateMap
+
+    # Saved: the constructor's options, as given and for the whole optimizer.
+    _options: dict[str, Any]
+    _grad_divisor: float
+    _seed: int
+
+    @property
+    def clock(self) -> int:
+        """Updates applied so far, T. Waits for the device.
+
+        Example:
+            >>> import torch
+            >>> from fused_sched import FusedScheduledAdam
+            >>> FusedScheduledAdam([torch.zeros(2, requires_grad=True)]).clock
+            0
+        """
+        pending = self._pending_clock()
+        return self._devices.read_clock() if pending is None else pending
+
+    def _pending_clock(self) -> int | None:
+        """What an engine that restores checkpoints key by key has left in the groups."""
+        return max((int(g["clock"]) for g in self.param_groups if int(g.get("clock", -1)) >= 0), default=None)
+
+    def set_clock(self, step: int) -> None:
+        """Set T, the index of the next update in every schedule; the parameters' own step counts stay.
+
+        Raises ValueError unless 0 <= step <= 2^53, TypeError for what is no integer.
+
+        Example:
+            >>> import torch
+            >>> from fused_sched import FusedScheduledAdam
+            >>> opt = FusedScheduledAdam([torch.zeros(2, requires_grad=True)])
+            >>> opt.set_clock(500)
+            >>> opt.clock
+            500
+        """
+        value = -1 if isinstance(step, bool) else operator.index(step)
+        if not 0 <= value <= _MAX_CLOCK:
+            raise ValueError(f"the clock must be in [0, 2^53], which schedules can tell apart, got {step!r}")
+        for group in self.param_groups:
+            group["clock"] = NO_CLOCK
+        self._devices.write_clock(value)
+        self._ticks.forget_round()
+
+    def _take_clock_from_groups(self) -> None:
+        pending = self._pending_clock()
+        if pending is not None:
+            self.set_clock(pending)
+
+    def last_lr(self, sync: bool = False) -> list[float]:
+        """The rates of the latest step, one per group; before the first, those it will use.
+
+        Without `sync` nothing waits for a CUDA device, unless only the device can know: a step was given
+        `found_inf`, a step was captured in a graph, or the rate is a CUDA tensor.
+
+        Example:
+            >>> import torch
+            >>> from fused_sched import FusedScheduledAdam, schedules
+            >>> p = torch.zeros(256, requires_grad=True)
+            >>> opt = FusedScheduledAdam([p], lr=schedules.linear(1.0, 0.0, 100))
+            >>> opt.last_lr()
+            [1.0]
+        """
+        used = self._devices.used_rates(sync, self._applied_settings)
+        indices = [self._records.index_of(group, self.param_groups) for group in self.param_groups]
+        return [
+            used[i] if i < len(used) and not math.isnan(used[i]) else self._next_rate(self._records[i]) for i in indices
+        ]
+
+    def _next_rate(self, record: GroupRecord) -> float:
+        """The rate of a group that took no step yet, or whose latest is only known from its checkpoint."""
+        lr = record.group["lr"]
+        source = record.settings(self._grad_divisor).lr
+        index = max(0, self.clock - self._resumed)
+        return source.value(index, lr if isinstance(lr, torch.Tensor) else None)
+
+    @property
+    def lr_tensor(self) -> torch.Tensor:
+        """The rates just used, float64 [n_groups], on the first parameter's device; for logging without a wait.
+
+        In the order in which the groups were added; NaN before the first step.
+
+        Example:
+            >>> import torch
+            >>> from fused_sched import FusedScheduledAdam, schedules
+            >>> p = torch.zeros(256, requires_grad=True)
+            >>> opt = FusedScheduledAdam([p], lr=schedules.linear(1.0, 0.0, 100))
+            >>> opt.lr_tensor
+            tensor([nan], dtype=torch.float64)
+        """
+        if self._devices.first is None:
+            params = (p for record in self._records for p in record.group["params"])
+            self._devices.engine(next((p.device for p in params), torch.device("cpu")))
+            self.push_hyperparameters()
+        assert self._devices.first is not None
+        return self._devices.first.lr_tensor
+
+    def scheduler(self) -> ObservingScheduler:
+        """A handle for frameworks that want an LRScheduler: it observes, never drives.
+
+        Example:
+            >>> import torch
+            >>> from fused_sched import FusedScheduledAdam, schedules
+            >>> p = torch.zeros(256, requires_grad=True)
+            >>> opt = FusedScheduledAdam([p], lr=schedules.linear(1.0, 0.0, 100))
+            >>> handle = opt.scheduler()
+            >>> handle.step()
+            >>> opt.clock, handle.get_last_lr()
+            (0, [1.0])
+        """
+        return ObservingScheduler(self)
+
+    # -- hyperparameters on the device -----------------------------------------------------------------------
+
+    def _push(self, settings: list[GroupSettings]) -> None:
+        lrs = [r.group["lr"] for r in self._records]
+        self._devices.push(settings, [lr if isinstance(lr, torch.Tensor) else None for lr in lrs])
+
+    def push_hyperparameters(self) -> None:
+        """Bring edits of the groups to the device; step() does it by itself, graph replays do not.
+
+        Raises as step() does for unusable options.
+
+        Example:
+            >>> import torch
+            >>> from fused_sched import FusedScheduledAdam, schedules
+            >>> p = torch.zeros(256, requires_grad=True)
+            >>> opt = FusedScheduledAdam([p], lr=schedules.linear(1.0, 0.0, 100))
+            >>> opt.param_groups[0]["lr"] *= 0.5
+            >>> opt.push_hyperparameters()
+        """
+        self._push(self._records.settings(self._grad_divisor))
+
+    # -- what it consists of ---------------------------------------------------------------------------------
+
+    def _reset_runtime(self, backend: str, clock: int) -> None:
+        """What is rebuilt rather than saved: engines, prepared calls, the tick rule's memory."""
+        self._records = GroupTable()
+        self._devices = Devices(backend, clock)
+        self._ticks = TickRule()
+        self._applied_settings: list[GroupSettings] = []
+        self._resumed = False  # a checkpoint was loaded, and no step taken since
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "state" and not isinstance(value, states.StateMap):
+            value = states.StateMap(value)
+        attaches = name == "step" and hasattr(value, "_wrapped_by_lr_sched")
+        if attaches and any("lr" in record.schedules for record in self._records):
+            for record in self._records:
+                record.group.pop("initial_lr", None)  # which the scheduler has just added
+            raise RuntimeError(SECOND_SCHEDULER)
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "defaults": self.defaults,
+            "state": self.state,
+            "param_groups": self.param_groups,
+            "_options": self._options,
+            "_groups": [(record.group, record.schedules) for record in self._records],
+            "_grad_divisor": self._grad_divisor,
+            "_seed": self._seed,
+            "_backend": self._devices.backend,
+            "_clock": self.clock,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        groups = state.pop("_groups", None)
+        backend, clock = state.pop("_backend", "auto"), state.pop("_clock", 0)
+        if groups is not None:
+            self._reset_runtime(backend, clock)
+            self._resumed = clock > 0
+            for group, schedules in groups:
+                self._records.add(group, schedules)
+        if "state" in state:
+            state["state"] = states.StateMap(state["state"])
+        super().__setstate__(state)
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} ("]
+        for index, record in enumerate(self._records.of(self.param_groups)):
+            lines.append(f"Parameter Group {index}: {len(record.group['params'])} tensors")
+            shown = {k: v for k, v in record.group.items() if k not in ("params", "param_names", "clock")}
+            for name, schedule in record.schedules.items():
+                shown[f"{name} schedule"] = schedule
+            lines.extend(f"    {key}: {shown[key]}" for key in sorted(shown))
+        lines.append(f"grad_divisor: {self._grad_divisor}, backend: {self._devices.backend!r}")
+        return "\n".join(lines) + "\n)"
