@@ -43,7 +43,7 @@ class Devices:
         self._mirror_is_exact = True  # false while only the device knows: after found_inf, with captured graphs
         self._captured = False  # replays move the clock without telling the host
         self._last_index: int | None = None  # of the clock, in the latest step
-        self._checked_pointers: list[int] = []
+        self._checked_places: list[tuple[Any, ...]] = []  # of parameters known not to overlap
         self._prepared_for: tuple[Any, ...] | None = None
         self._routes: list[tuple[Engine, list[int]]] = []
 
@@ -72,10 +72,10 @@ class Devices:
         self._prepared_for = None
         for p, g in zip(call.params, call.grads, strict=True):
             packing.check_work(p, g)
-        pointers = [p.data_ptr() for p in call.params]
-        if pointers != self._checked_pointers:
+        places = [(p.data_ptr(), p.shape, p.stride(), p.dtype) for p in call.params]
+        if places != self._checked_places:
             packing.check_overlap(call.params)
-            self._checked_pointers = pointers
+            self._checked_places = places
         layouts = [arena.Layout.of(p, options[i]) for p, i in zip(call.params, call.groups, strict=True)]
         for device in dict.fromkeys(p.device for p in call.params):
             self.engine(device)

@@ -75,7 +75,7 @@ class CompiledEngine:
         self._retired: list[torch.Tensor] = []
         self._pushed: list[GroupSettings] = []
         self._lr_copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (device buffer, the user's tensor elsewhere)
-        self._lr_tensors: list[torch.Tensor | None] = []
+        self._lr_tensors: list[torch.Tensor | None] = []  # alive while the records hold their addresses
         self._plan: Plan | None = None
         self._inputs: list[torch.Tensor] = []
 

@@ -185,7 +185,7 @@ def bump_versions(params: list[torch.Tensor]) -> None:
 
 
 class Plan:
-    """The tensor table of one call on one device, in the memory layout of `fs_tensor`."""
+    """The tensor table of one call on one device, in the memory layout of `fs_tensor`; its tensors are checked."""
 
     def __init__(self, works: Sequence[Work], backend: Backend) -> None:
         module = backend.module
@@ -214,7 +214,8 @@ class Plan:
         self._staged_grads = [i for i, w in enumerate(works) if _needs_staging(w, self._grad_dtypes[i])]
         self._written_back: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._keep_alive: list[torch.Tensor] = []
-        self._param_pointers: list[int] = []
+        # Where they do not overlap: the caller has checked.
+        self._param_pointers = list(map(torch.Tensor.data_ptr, self._params))
 
     def bind(self, grads: Sequence[torch.Tensor]) -> bool:
         """Point the table at where the tensors are now; False if the plan no longer fits them."""

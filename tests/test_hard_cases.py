@@ -258,6 +258,21 @@ def test_slices_of_one_weight_are_apart_and_overlapping_ones_are_not() -> None:
         FusedScheduledAdam([parts[0], shifted], lr=0.125).step()
 
 
+def test_a_parameter_that_grows_over_its_neighbour_in_place_is_refused() -> None:
+    memory = torch.zeros(8)
+    a, b = memory[:4].requires_grad_(), memory[4:].requires_grad_()
+    a.grad, b.grad = torch.ones(4), torch.ones(4)
+    optimizer = FusedScheduledAdam([a, b], lr=0.125)
+    optimizer.step()
+    a.grad = None
+    a.data = memory  # the same address, twice the elements
+    a.grad = torch.ones(8)
+    optimizer.state.pop(a)
+    with pytest.raises(RuntimeError, match="share memory"):
+        optimizer.step()
+    assert optimizer.clock == 1
+
+
 def test_hooks_see_the_checkpoint_that_is_saved() -> None:
     _, _, optimizer = two_groups()
     optimizer.step()

@@ -32,10 +32,12 @@ struct StepScalars {
   int32_t flags;
 };
 
-// A moving average written as the distance to go, because 1 - beta keeps all its digits where beta as a
-// float does not: with beta2 = 0.999 the customary beta*v + (1-beta)*g*g is off by 1.3e-5 after a thousand
-// steps, this by a few ulp. For beta < 0.5 the average is nearer to the new value than to the old one, and
-// starting there keeps a large old value from swallowing a small new one (beta = 0 gives the new value).
+// A moving average written as the distance to go, because 1 - beta keeps all its digits where beta as a float
+// does not. Mean relative error of the second moment over 10,000 random gradients, beta2 = 0.999: 1.3e-8, against
+// 1.3e-5 of the customary beta*v + (1-beta)*g*g; torch's fused form, whose bias fades, starts at 1.3e-5. (A single
+// element is off by up to 2.6e-6, and under a constant gradient every fp32 average stalls within 1.4e-5.) For
+// beta < 0.5 the average is nearer to the new value than to the old one, and starting there keeps a large old value
+// from swallowing a small new one (beta = 0 gives the new value).
 template <class T>
 FS_HD T moving_average(T old_value, T new_value, T distance, T rate, bool from_new) {
   return multiply_add(rate, distance, from_new ? new_value : old_value);

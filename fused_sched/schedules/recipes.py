@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from ..program import Tree
 from . import checks
@@ -43,6 +44,10 @@ def _after_warmup(peak: float, warmup_steps: int, then: Schedule) -> Schedule:
 
 @dataclass(frozen=True)
 class _WarmupRecipe(Recipe, abstract=True):
+    """Linear warm-up, then the subclass's curve from peak to end."""
+
+    _decay: ClassVar[type[Transition]]
+
     peak: float
     _: KW_ONLY
     warmup_steps: int
@@ -60,6 +65,10 @@ class _WarmupRecipe(Recipe, abstract=True):
         )
         checks.longer(word, self.total_steps, "warmup_steps", self.warmup_steps)
 
+    def expand(self) -> Schedule:
+        decay = self._decay(self.peak, self.end, self.total_steps - self.warmup_steps)
+        return _after_warmup(self.peak, self.warmup_steps, decay)
+
 
 @dataclass(frozen=True)
 class warmup_linear(_WarmupRecipe):
@@ -72,9 +81,7 @@ class warmup_linear(_WarmupRecipe):
     [0.25, 1.0, 1.0, 0.5, 0.0]
     """
 
-    def expand(self) -> Schedule:
-        decay = linear(self.peak, self.end, self.total_steps - self.warmup_steps)
-        return _after_warmup(self.peak, self.warmup_steps, decay)
+    _decay = linear
 
 
 @dataclass(frozen=True)
@@ -88,9 +95,7 @@ class warmup_cosine(_WarmupRecipe):
     [0.25, 1.0, 1.0, 0.5, 0.0]
     """
 
-    def expand(self) -> Schedule:
-        decay = cosine(self.peak, self.end, self.total_steps - self.warmup_steps)
-        return _after_warmup(self.peak, self.warmup_steps, decay)
+    _decay = cosine
 
 
 @dataclass(frozen=True)
