@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 
 from . import arena, hyperparameters
 from . import state as states
-from ._warnings import ScheduleWarning
+from ._warnings import warn_schedule
 
 if TYPE_CHECKING:
     from .groups import GroupRecord
@@ -181,18 +180,14 @@ def _warn_about_schedules(record: GroupRecord, saved: dict[str, Any]) -> None:
     for name, description in saved.get("schedules", {}).items():
         schedule = record.schedules.get(name)
         if schedule is None:
-            warnings.warn(
+            warn_schedule(
                 f"the checkpoint was trained with a schedule for {name}, this optimizer has none and goes on with "
-                f"a constant; pass the schedule to the constructor or to set_schedule()",
-                ScheduleWarning,
-                stacklevel=4,
+                f"a constant; pass the schedule to the constructor or to set_schedule()"
             )
         elif schedule.to_dict() != description:
-            warnings.warn(
+            warn_schedule(
                 f"the checkpoint was trained with another schedule for {name}; this optimizer's own is used: "
-                f"{schedule!r}",
-                ScheduleWarning,
-                stacklevel=4,
+                f"{schedule!r}"
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -11,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from . import precision
-from ._warnings import ScheduleWarning
+from . import landmarks, precision
+from ._warnings import warn_schedule
 from .schedules import Schedule
+from .schedules.library import LibrarySchedule
 
 #: Hyperparameters that a Schedule may drive.
 SCHEDULABLE = ("lr", "beta1", "beta2", "weight_decay")
@@ -22,7 +22,7 @@ SCHEDULABLE = ("lr", "beta1", "beta2", "weight_decay")
 #: group also keeps what the option was when the schedule was set.
 _WITH_REFERENCE = ("lr", "weight_decay")
 
-#: Updates at which a schedule is probed when it is set, besides its own extremes: densely where schedules
+#: Updates at which a schedule is probed when it is set, besides its own landmarks: densely where schedules
 #: usually have their phases, then ever more sparsely.
 _PROBES = np.array([*range(1 << 16), *(2**k + j for k in range(16, 41) for j in (-1, 0, 1))])
 
@@ -79,6 +79,7 @@ class GroupSettings(NamedTuple):
 def split_options(options: dict[str, Any]) -> dict[str, Schedule]:
     """Replace the Schedules among a group's options by their reference values, and return them by name.
 
+    A rate's companions take the place of the numbers given for them, as the library's scheduler overwrites those.
     `lr_reference` and `weight_decay_reference` are set beside the options that others may scale.
     """
     for name in CONSTRUCTOR_ONLY:
@@ -98,6 +99,14 @@ def split_options(options: dict[str, Any]) -> dict[str, Schedule]:
         "beta2": betas[1],
         "weight_decay": options["weight_decay"],
     }
+    if isinstance(values["lr"], Schedule):
+        for name, companion in values["lr"].companions.items():
+            if isinstance(values[name], Schedule):
+                raise ValueError(
+                    f"{name} is scheduled twice: by the lr, {values['lr']!r}, and by {values[name]!r}; pass a number "
+                    f"for {name}, or the rate alone as join([lr], [])"
+                )
+            values[name] = companion
     for name, value in values.items():
         if isinstance(value, Schedule):
             check_schedule(name, value)
@@ -113,7 +122,7 @@ def split_options(options: dict[str, Any]) -> dict[str, Schedule]:
 
 def check_schedule(name: str, schedule: Schedule) -> None:
     """Raise if a schedule cannot drive this hyperparameter; warn of a learning rate that turns negative."""
-    steps = np.union1d(_PROBES, sorted(schedule.extremes(None)))
+    steps = np.union1d(_PROBES, sorted(landmarks.extremes(schedule.tree)))
     values = schedule(steps)
     if name in ("beta1", "beta2"):
         rule, outside = "stay in [0, 1)", ~((values >= 0.0) & (values < 1.0))
@@ -127,13 +136,12 @@ def check_schedule(name: str, schedule: Schedule) -> None:
             f"a schedule for {name} must {rule} at every update, got {float(values[first])!r} at update "
             f"{steps[first]}; end it before, as in join([schedule, constant(value)], [{steps[first]}])"
         )
-    if name == "lr" and (values < 0.0).any():
+    said = isinstance(schedule, LibrarySchedule) and schedule.oddity() is not None  # when it was constructed
+    if name == "lr" and (values < 0.0).any() and not said:
         first = int(np.argmax(values < 0.0))
-        warnings.warn(
+        warn_schedule(
             f"the learning rate turns negative: {float(values[first])!r} at update {steps[first]}; the optimizer will "
-            "ascend from there",
-            ScheduleWarning,
-            stacklevel=2,
+            "ascend from there"
         )
 
 
@@ -247,26 +255,29 @@ def _beta_source(name: str, value: float, schedules: Mapping[str, Schedule]) -> 
 
 
 def replaced(
-    group: Mapping[str, Any], schedules: Mapping[str, Schedule], name: str, new: Schedule | float
+    group: Mapping[str, Any], schedules: Mapping[str, Schedule], new: Mapping[str, Schedule | float]
 ) -> tuple[dict[str, Any], dict[str, Schedule]]:
-    """A group's changed options and its schedules after `set_schedule(new)`; raises if they are unusable."""
-    if not isinstance(new, (Schedule, Real)):
-        raise TypeError(f"{name} must be set to a Schedule or a number, got {new!r} of type {type(new).__name__}")
-    reference = new.reference if isinstance(new, Schedule) else float(new)
+    """A group's changed options and its schedules with new ones in place; raises if they are unusable."""
     changed: dict[str, Any] = {}
-    if name in _WITH_REFERENCE:
-        scheduled = name in schedules and isinstance(new, Schedule)
-        ratio = _ratio(name, float(group[name]), group[f"{name}_reference"]) if scheduled else 1.0
-        changed[name] = reference * ratio
-        changed[f"{name}_reference"] = reference
-    else:
-        betas = list(group["betas"])
-        betas[("beta1", "beta2").index(name)] = reference
-        changed["betas"] = tuple(betas)
+    kept = {name: schedule for name, schedule in schedules.items() if name not in new}
+    for name, value in new.items():
+        if not isinstance(value, (Schedule, Real)):
+            raise TypeError(
+                f"{name} must be set to a Schedule or a number, got {value!r} of type {type(value).__name__}"
+            )
+        reference = value.reference if isinstance(value, Schedule) else float(value)
+        if name in _WITH_REFERENCE:
+            scheduled = name in schedules and isinstance(value, Schedule)
+            ratio = _ratio(name, float(group[name]), group[f"{name}_reference"]) if scheduled else 1.0
+            changed[name] = reference * ratio
+            changed[f"{name}_reference"] = reference
+        else:
+            betas = list(changed.get("betas", group["betas"]))
+            betas[("beta1", "beta2").index(name)] = reference
+            changed["betas"] = tuple(betas)
+        if isinstance(value, Schedule):
+            kept[name] = value
     check_options({**group, **changed})
-    kept = {key: schedule for key, schedule in schedules.items() if key != name}
-    if isinstance(new, Schedule):
-        kept[name] = new
     return changed, kept
 
 

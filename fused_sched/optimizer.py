@@ -218,8 +218,9 @@ class FusedScheduledAdam(OptimizerBase):
             group: index of the group; None: all of them.
             hyperparameter: "lr", "beta1", "beta2" or "weight_decay".
 
-        A factor applied to `group["lr"]` stays when one schedule follows another. Raises IndexError, ValueError or
-        TypeError before anything changes.
+        A rate's companions (`schedule.companions`: the momentum of a one-cycle policy, for instance) are set with it,
+        and stay until they are set themselves. A factor applied to `group["lr"]` stays when one schedule follows
+        another. Raises IndexError, ValueError or TypeError before anything changes.
 
         Example:
             >>> import torch
@@ -235,13 +236,18 @@ class FusedScheduledAdam(OptimizerBase):
         records = self._records.of(self.param_groups)
         if group is not None and not -len(records) <= group < len(records):
             raise IndexError(f"group must be an index below {len(records)}, got {group!r}")
+        new = {hyperparameter: schedule}
         if isinstance(schedule, Schedule):
-            hyperparameters.check_schedule(hyperparameter, schedule)
+            if hyperparameter == "lr":
+                new |= schedule.companions
+            for name, value in new.items():
+                assert isinstance(value, Schedule)
+                hyperparameters.check_schedule(name, value)
             if hyperparameter == "lr" and hasattr(self.step, "_wrapped_by_lr_sched"):
                 raise RuntimeError(SECOND_SCHEDULER)
         self._records.settings(self._grad_divisor)
         records = records if group is None else [records[group]]
-        changes = [hyperparameters.replaced(r.group, r.schedules, hyperparameter, schedule) for r in records]
+        changes = [hyperparameters.replaced(r.group, r.schedules, new) for r in records]
         for record, (options, schedules) in zip(records, changes, strict=True):
             if hyperparameter == "lr":
                 record.group.pop("initial_lr", None)  # of a scheduler whose checkpoint was loaded

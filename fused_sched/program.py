@@ -19,7 +19,16 @@ import numpy as np
 import numpy.typing as npt
 
 #: Tags of FS_CURVES and FS_NODE_KINDS in csrc/core/program.h; they are in checkpoints and never renumbered.
-CURVES = {"constant": 0, "power": 1, "cosine": 2, "exponential": 3, "logarithm": 4, "tanh": 5, "table": 6}
+CURVES = {
+    "constant": 0,
+    "power": 1,
+    "cosine": 2,
+    "exponential": 3,
+    "logarithm": 4,
+    "tanh": 5,
+    "table": 6,
+    "levels": 7,
+}
 NODE_KINDS = {"curve": 0, "join": 1, "product": 2, "sum": 3, "repeat": 4, "clock": 5, "clamp": 6}
 
 MAX_DEPTH = 32
@@ -39,7 +48,8 @@ class Curve:
     divisor makes a clock that counts down. The shapes s(u):
 
     constant 1 | power u^p | cosine (0.5 (1 + cos(pi p u)))^q | exponential p^u | logarithm p ln u |
-    tanh 0.5 (1 - tanh(p + (q-p) u)) | table: the entry floor(u), or the nearest there is
+    tanh 0.5 (1 - tanh(p + (q-p) u)) | table: the entry floor(u), or the nearest there is |
+    levels: value i while u < end i, of a table with the n-1 ends and then the n values
     """
 
     curve: str

@@ -7,6 +7,7 @@ functions: the two agree to a few units in the last place, and tests hold them t
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -81,6 +82,7 @@ SHAPES: dict[str, Callable[[Curve, float], float]] = {
     "logarithm": lambda node, u: node.p * _logarithm(u),
     "tanh": lambda node, u: 0.5 * (1.0 - math.tanh(node.p + (node.q - node.p) * u)),
     "table": lambda node, u: node.table[int(min(u, len(node.table) - 1)) if u > 0.0 else 0],
+    "levels": lambda node, u: node.table[len(node.table) // 2 + bisect_right(node.table, u, 0, len(node.table) // 2)],
 }
 if set(SHAPES) != set(CURVES):
     raise ImportError(f"reference_schedule has formulas for {sorted(SHAPES)}, program.py names {sorted(CURVES)}")

@@ -34,11 +34,15 @@ from fused_sched.program import (
 
 numbers = st.floats(-1e6, 1e6)
 positive = st.floats(0.01, 1e6)
+TABLED = ("table", "levels")
 
 
 @st.composite
 def curves(draw: st.DrawFn) -> Curve:
     name = draw(st.sampled_from(sorted(program.CURVES)))
+    levels = draw(st.integers(1, 4)) if name == "levels" else 0
+    ends = sorted(draw(st.lists(numbers, min_size=levels - 1, max_size=levels - 1))) if levels else []
+    entries = draw(st.lists(numbers, min_size=levels or 1, max_size=levels or 5)) if name in TABLED else []
     low, high = sorted([draw(numbers | st.just(-inf)), draw(numbers | st.just(inf))])
     return Curve(
         name,
@@ -55,7 +59,7 @@ def curves(draw: st.DrawFn) -> Curve:
         low=low,
         high=high,
         complement=draw(st.booleans()) and name != "power",
-        table=tuple(draw(st.lists(numbers, min_size=1, max_size=5))) if name == "table" else (),
+        table=(*ends, *entries),
     )
 
 
@@ -114,7 +118,7 @@ def test_the_evaluators_agree(tree: Tree, times: list[float]) -> None:
     """The same branches, children and cycles. Not the last bits: a cosine of u^2 turns an ulp of u^2 ~ 1e7 into
     1e-9, and a stair turns any ulp into a jump, so trees with stairs are left to the other tests."""
     knobs = [node for node in _nodes(tree) if isinstance(node, Curve)]
-    if any(c.stairs or c.repeats or c.curve == "table" for c in knobs):
+    if any(c.stairs or c.repeats or c.curve in TABLED for c in knobs):
         return
     compiled = core().evaluate(pack(tree), times)
     plain = np.array([reference_schedule.value(tree, t) for t in times])
@@ -149,7 +153,7 @@ def test_a_curve_that_only_one_side_knows_stops_the_import(monkeypatch: pytest.M
 
 def test_a_table_row_without_its_formula_does_not_compile(tmp_path: Path) -> None:
     header = (CSRC / "core" / "program.h").read_text()
-    row = '  X(kCurveTable, 6, "table", TableCurve)'
+    row = '  X(kCurveLevels, 7, "levels", LevelsCurve)'
     assert row in header
     with_row = header.replace(row, f'{row} \\\n  X(kCurveSpiral, 7, "spiral", SpiralCurve)')
     core_folder = tmp_path / "core"
@@ -202,6 +206,9 @@ BAD_TREES = [
     (Curve("power", table=(1.0,)), "not a table"),
     (Curve("table"), "no table"),
     (Curve("table", table=(1.0, nan)), "not finite"),
+    (Curve("levels"), "one end fewer"),
+    (Curve("levels", table=(1.0, 2.0)), "one end fewer"),
+    (Curve("levels", table=(2.0, 1.0, 0.5, 0.25, 0.125)), "in order"),
     (Join((LINE, LINE), ends=(), origins=(0.0, 5.0)), "one end fewer"),
     (Join((LINE, LINE, LINE), ends=(5.0, 4.0), origins=(0.0, 0.0, 0.0)), "in order"),
     (Join((), ends=(), origins=()), "empty"),
@@ -314,6 +321,17 @@ def test_a_table_index_that_is_not_a_number_reads_the_first_entry() -> None:
     overflowing = Curve("table", divisor=1e-300, repeats=2.0, table=(1.0, 2.0, 3.0))  # u is inf - inf
     assert both(overflowing, [0.0, 1e9]) == [1.0, 1.0]
     assert both(Curve("table", origin=5.0, table=(1.0, 2.0, 3.0)), [0.0, 6.0, 99.0]) == [1.0, 2.0, 3.0]
+
+
+def test_levels_begin_at_their_ends_and_repeat_where_ends_do() -> None:
+    levels = Curve("levels", table=(0.0, 10.0, 10.0, 1.0, 0.5, 9.0, 0.25))
+    assert both(levels, [-1.0, 0.0, 9.0, 10.0, 11.0, 1e18]) == [1.0, 0.5, 0.5, 0.25, 0.25, 0.25]
+    assert both(Curve("levels", table=(3.0,)), [0.0, 5.0]) == [3.0, 3.0]
+    # As many milestones as anybody has: the search visits ten of a thousand.
+    many = Curve("levels", table=(*map(float, range(1, 1001)), *map(float, range(1001))))
+    assert both(many, [0.0, 1.0, 499.5, 1000.0, 1001.0]) == [0.0, 1.0, 499.0, 1000.0, 1000.0]
+    overflowing = Curve("levels", divisor=1e-300, repeats=2.0, table=(1.0, 5.0, 7.0))  # u is inf - inf
+    assert both(overflowing, [1e9]) == [7.0]
 
 
 def test_stairs_of_several_per_divisor_are_those_of_integers() -> None:

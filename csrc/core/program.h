@@ -22,7 +22,8 @@
   X(kCurveExponential, 3, "exponential", ExponentialCurve) \
   X(kCurveLogarithm, 4, "logarithm", LogarithmCurve)       \
   X(kCurveTanh, 5, "tanh", TanhCurve)                      \
-  X(kCurveTable, 6, "table", TableCurve)
+  X(kCurveTable, 6, "table", TableCurve)                   \
+  X(kCurveLevels, 7, "levels", LevelsCurve)
 
 // Node kinds: X(identifier, tag, name, type with its rules). Tags are in checkpoints: never renumber.
 #define FS_NODE_KINDS(X)                     \
@@ -124,7 +125,20 @@ inline bool is_range(double low, double high) { return low <= high && low < HUGE
 
 inline bool is_count(double x) { return x >= 0.0 && is_finite(x) && floor(x) == x; }
 
-inline const char* check_curve(const Node& node) {
+inline const char* check_ends(const double* ends, int32_t num_ends, const char* problem) {
+  for (int32_t i = 1; i < num_ends; ++i) {
+    if (ends[i] < ends[i - 1]) return problem;
+  }
+  return nullptr;
+}
+
+inline const char* check_levels(const Node& node, const double* table) {
+  if (node.table_length % 2 == 0) return "a levels curve has not one value per level and one end fewer";
+  return check_ends(table, node.table_length / 2, "the ends of a levels curve are not in order");
+}
+
+// `table` is the node's own part of the program's.
+inline const char* check_curve(const Node& node, const double* table) {
   const CurveParameters& c = node.as_curve;
   if (!is_finite(c.origin) || !is_finite(c.exponent) || !is_finite(c.p) || !is_finite(c.q) || !is_finite(c.offset) ||
       !is_finite(c.scale)) {
@@ -137,15 +151,13 @@ inline const char* check_curve(const Node& node) {
   if (!is_range(c.low, c.high)) return "the bounds of a curve are not a range";
   if (node.complement != 0 && node.complement != 1) return "the complement flag of a curve is not 0 or 1";
   if (node.curve == kCurveTable) return node.table_length >= 1 ? nullptr : "a table curve has no table";
+  if (node.curve == kCurveLevels) return check_levels(node, table);
   return node.table_length == 0 ? nullptr : "a curve that is not a table has one";
 }
 
 inline const char* check_join(const Node& node, const double* table) {
   if (node.table_length != 2 * node.num_children - 1) return "a join has not one origin per child and one end fewer";
-  for (int32_t i = 1; i < node.num_children - 1; ++i) {
-    if (table[i] < table[i - 1]) return "the ends of a join are not in order";
-  }
-  return nullptr;
+  return check_ends(table, node.num_children - 1, "the ends of a join are not in order");
 }
 
 inline const char* check_repeat(const RepeatParameters& r) {
@@ -177,7 +189,7 @@ inline const char* check_node(const Node& node, const double* table, int32_t tab
   if (node.kind == kNodeCurve) {
     if (node.num_children != 0) return "a curve has children";
 #define FS_CASE(identifier, tag, name, type) node.curve == identifier ||
-    return (FS_CURVES(FS_CASE) false) ? check_curve(node) : "unknown curve";
+    return (FS_CURVES(FS_CASE) false) ? check_curve(node, table + node.table_begin) : "unknown curve";
 #undef FS_CASE
   }
   if (node.kind != kNodeJoin && node.table_length != 0) return "a node that is neither table nor join has a table";

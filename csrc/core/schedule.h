@@ -59,6 +59,25 @@ struct TableCurve {
   }
 };
 
+// Level i while u < end i: the table holds the n-1 ends, then the n values. A node of 128 bytes per level, as a join
+// of constants would have, is too much for a hundred milestones.
+struct LevelsCurve {
+  static FS_HD_CALL double shape(const Node& node, double u, const double* table) {
+    const int32_t num_ends = node.table_length / 2;
+    int32_t low = 0;
+    int32_t high = num_ends;
+    while (low < high) {  // the first end above u
+      const int32_t middle = (low + high) / 2;
+      if (u < table[middle]) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    return table[num_ends + low];
+  }
+};
+
 // A node whose value is computed from its children's: what it needs when it is returned to.
 struct Frame {
   int32_t node;

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 import numpy as np
 import numpy.typing as npt
 
+from .. import landmarks
 from ..program import Tree, evaluate, evaluate_at, pack
 
 if TYPE_CHECKING:
@@ -50,20 +51,26 @@ class Schedule(ABC):
     def lower(self) -> Tree:
         """The schedule as a tree of the evaluator's nodes."""
 
-    @abstractmethod
-    def held_from(self) -> int | None:
-        """The first step from which the value no longer changes; None for a schedule without an end."""
-
-    @abstractmethod
-    def extremes(self, length: int | None) -> set[int]:
-        """Steps in [0, length) where the largest value may be taken; length None: there is no last step."""
-
     # Values.
+
+    @cached_property
+    def tree(self) -> Tree:
+        """What `lower` gave."""
+        return self.lower()
 
     @cached_property
     def program(self) -> bytes:
         """The schedule as the device reads it; `fused_sched.program.describe` prints it."""
-        return pack(self.lower())
+        return pack(self.tree)
+
+    def held_from(self) -> int | None:
+        """The first step from which the value no longer changes; None for a schedule without an end.
+
+        >>> from fused_sched import schedules
+        >>> schedules.linear(1.0, 0.0, 100).held_from()
+        100
+        """
+        return landmarks.held_from(self.tree)
 
     @overload
     def __call__(self, step: int) -> float: ...
@@ -107,13 +114,22 @@ class Schedule(ABC):
 
     @cached_property
     def _reference(self) -> float:
-        candidates = self(sorted(self.extremes(None)))
+        candidates = self(sorted(landmarks.extremes(self.tree)))
         peak = float(candidates[np.argmax(np.abs(candidates))])
         if peak != 0.0:
             return peak
         values = self(np.arange(_REFERENCE_SEARCH_STEPS))
         nonzero = values[values != 0.0]
         return float(nonzero[0]) if nonzero.size else 0.0
+
+    @property
+    def companions(self) -> dict[str, Schedule]:
+        """Schedules of other hyperparameters that go with this rate, by their names: none but for some libraries'.
+
+        `lr=schedule` and `set_schedule(schedule)` drive them as well. A combination (`a * b`, `join`, ...) is one of
+        rates and has none.
+        """
+        return {}
 
     # Combinations.
 
@@ -212,11 +228,6 @@ def _rebuilt(value: Any) -> Any:
     if isinstance(value, Mapping):
         return Schedule.from_dict(value)
     return tuple(_rebuilt(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def first_steps(length: int | None, *candidates: int) -> set[int]:
-    """The candidate steps, those beyond the last one moved to it."""
-    return {step if length is None else min(step, length - 1) for step in candidates}
 
 
 def set_fields(schedule: Schedule, **values: Any) -> None:

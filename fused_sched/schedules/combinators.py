@@ -9,7 +9,7 @@ from itertools import pairwise
 from .. import program
 from ..program import Clamp, Clock, Join, Repeat, Tree
 from . import checks
-from .base import Schedule, first_steps, set_fields
+from .base import Schedule, set_fields
 
 
 def _check_schedules(who: str, name: str, got: object) -> tuple[Schedule, ...]:
@@ -65,18 +65,6 @@ class join(Schedule):
         ends = tuple(float(b) for b in self.boundaries)
         return Join(tuple(s.lower() for s in self.schedules), ends=ends, origins=(0.0, *ends))
 
-    def held_from(self) -> int | None:
-        last = self.schedules[-1].held_from()
-        return None if last is None else (self.boundaries[-1] if self.boundaries else 0) + last
-
-    def extremes(self, length: int | None) -> set[int]:
-        steps: set[int] = set()
-        for schedule, begin, end in zip(self.schedules, (0, *self.boundaries), (*self.boundaries, None), strict=True):
-            stop = end if length is None else (length if end is None else min(end, length))
-            if stop is None or begin < stop:
-                steps |= {begin + s for s in schedule.extremes(None if stop is None else stop - begin)}
-        return steps
-
 
 @dataclass(frozen=True)
 class Product(Schedule, word="product"):
@@ -92,13 +80,6 @@ class Product(Schedule, word="product"):
 
     def lower(self) -> Tree:
         return program.Product(tuple(s.lower() for s in self.factors))
-
-    def held_from(self) -> int | None:
-        ends = [s.held_from() for s in self.factors]
-        return None if None in ends else max(end for end in ends if end is not None)
-
-    def extremes(self, length: int | None) -> set[int]:
-        return set().union(*(s.extremes(length) for s in self.factors))
 
 
 @dataclass(frozen=True)
@@ -118,12 +99,6 @@ class Scaled(Schedule, word="scaled"):
     def lower(self) -> Tree:
         return Clamp(self.inner.lower(), scale=self.factor)
 
-    def held_from(self) -> int | None:
-        return self.inner.held_from()
-
-    def extremes(self, length: int | None) -> set[int]:
-        return self.inner.extremes(length)
-
 
 @dataclass(frozen=True)
 class Shifted(Schedule, word="shifted"):
@@ -141,16 +116,6 @@ class Shifted(Schedule, word="shifted"):
 
     def lower(self) -> Tree:
         return Clock(self.inner.lower(), addend=float(-self.steps))
-
-    def held_from(self) -> int | None:
-        end = self.inner.held_from()
-        # A schedule that never changes does not begin to when it is shifted.
-        return end if not end else max(0, end + self.steps)
-
-    def extremes(self, length: int | None) -> set[int]:
-        inner = None if length is None else max(1, length - self.steps)
-        # A step the shift has cut off is over before step 0, which then starts nearest to it.
-        return first_steps(length, *(max(0, s + self.steps) for s in self.inner.extremes(inner)))
 
 
 @dataclass(frozen=True)
@@ -174,14 +139,3 @@ class Repeated(Schedule, word="repeat"):
 
     def lower(self) -> Tree:
         return Repeat(self.inner.lower(), period=float(self.period), times=float(self.times or 0))
-
-    def held_from(self) -> int | None:
-        if self.inner.held_from() == 0:
-            return 0
-        return None if self.times is None else self.period * self.times
-
-    def extremes(self, length: int | None) -> set[int]:
-        steps = self.inner.extremes(self.period if length is None else min(self.period, length))
-        if self.times is not None and (length is None or self.period * self.times < length):
-            steps = steps | {self.period * self.times}
-        return steps

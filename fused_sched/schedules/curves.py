@@ -13,7 +13,7 @@ from typing import Any
 
 from ..program import Clock, Curve, Join, Tree
 from . import checks
-from .base import Schedule, first_steps, set_fields
+from .base import Schedule, set_fields
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,6 @@ class constant(Schedule):
     def lower(self) -> Tree:
         return Curve("constant", scale=self.value)
 
-    def held_from(self) -> int | None:
-        return 0
-
-    def extremes(self, length: int | None) -> set[int]:
-        return {0}
-
 
 @dataclass(frozen=True)
 class Transition(Schedule, abstract=True):
@@ -57,12 +51,6 @@ class Transition(Schedule, abstract=True):
             end=checks.number(word, "end", self.end),
             steps=checks.step_count(word, "steps", self.steps, remedy="use constant(end) for no transition"),
         )
-
-    def held_from(self) -> int | None:
-        return self.steps
-
-    def extremes(self, length: int | None) -> set[int]:
-        return first_steps(length, 0, self.steps)
 
     def _from_start(self, curve: str, p: float = 1.0) -> Curve:
         """start + (end - start) * s(t / steps), for shapes with s(0) = 0 and s(1) = 1."""
@@ -180,12 +168,6 @@ class exponential(Schedule):
     def lower(self) -> Tree:
         return Curve("exponential", divisor=float(self.steps), p=self.rate, scale=self.start)
 
-    def held_from(self) -> int | None:
-        return 0 if self.rate == 1.0 else None
-
-    def extremes(self, length: int | None) -> set[int]:
-        return {0} if length is None else {0, length - 1}
-
 
 @dataclass(frozen=True)
 class inverse_sqrt(Schedule):
@@ -218,12 +200,6 @@ class inverse_sqrt(Schedule):
         decay = Curve("power", divisor=n, p=-0.5, scale=self.peak)
         return Clock(Join((warmup, decay), ends=(n,), origins=(0.0, 0.0)), addend=1.0)
 
-    def held_from(self) -> int | None:
-        return None
-
-    def extremes(self, length: int | None) -> set[int]:
-        return first_steps(length, self.warmup_steps - 1)
-
 
 @dataclass(frozen=True)
 class step_decay(Schedule):
@@ -253,12 +229,6 @@ class step_decay(Schedule):
     def lower(self) -> Tree:
         return Curve("exponential", divisor=float(self.every), stairs=1.0, p=self.factor, scale=self.start)
 
-    def held_from(self) -> int | None:
-        return {1.0: 0, 0.0: self.every}.get(self.factor)
-
-    def extremes(self, length: int | None) -> set[int]:
-        return {0} if length is None else {0, length - 1}
-
 
 @dataclass(frozen=True)
 class table(Schedule):
@@ -283,13 +253,6 @@ class table(Schedule):
 
     def lower(self) -> Tree:
         return Curve("table", table=self.values)
-
-    def held_from(self) -> int | None:
-        return len(self.values) - 1
-
-    def extremes(self, length: int | None) -> set[int]:
-        used = self.values[:length]
-        return {max(range(len(used)), key=lambda i: abs(used[i]))}
 
 
 def from_callable(function: Callable[[int], float], num_steps: int) -> table:

@@ -28,12 +28,6 @@ class Recipe(Schedule, abstract=True):
     def lower(self) -> Tree:
         return self._expanded.lower()
 
-    def held_from(self) -> int | None:
-        return self._expanded.held_from()
-
-    def extremes(self, length: int | None) -> set[int]:
-        return self._expanded.extremes(length)
-
 
 def _after_warmup(peak: float, warmup_steps: int, then: Schedule) -> Schedule:
     """Warm-up peak * (t+1) / warmup_steps, so that the first update already has a rate; then the rest."""

@@ -1,0 +1,79 @@
+"""What the schedules of other libraries share.
+
+Each library has a module beside this one (`torch`, `deepspeed`, ...) with its own names, keyword arguments and
+defaults; where the library reads the optimizer's rate, there is `base_lr`. They give what the library runs, value
+for value, and raise only where its constructor does. What looks odd in it (a rate that rises again, that turns
+negative, that ends in an error) is kept, and said in one ScheduleWarning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar
+
+from .._warnings import warn_schedule
+from ..program import Tree
+from .base import Schedule
+
+
+class LibrarySchedule(Schedule, abstract=True):
+    """A schedule under another library's name.
+
+    Subclasses are dataclasses (`frozen=True, repr=False`) whose fields are the library's arguments in its order,
+    then, keyword-only, what the library takes from elsewhere.
+    """
+
+    #: Module under `fused_sched.schedules`, which begins the word: "torch.StepLR".
+    library: ClassVar[str]
+
+    def __init_subclass__(cls, library: str | None = None, abstract: bool = False, **kwargs: Any) -> None:
+        if library is not None:
+            cls.library = library
+        super().__init_subclass__(word=f"{cls.library}.{cls.__name__}", abstract=abstract, **kwargs)
+
+    def __post_init__(self) -> None:
+        self.check()
+        oddity = self.oddity()
+        if oddity is not None:
+            warn_schedule(f"{self.word}: {oddity}")
+
+    def check(self) -> None:
+        """Raise what the library's constructor raises, and give the fields their plain types."""
+
+    def oddity(self) -> str | None:
+        """What the library does with these arguments that their owner may not expect, and what to do about it."""
+        return None
+
+    def lower_companions(self) -> dict[str, Tree]:
+        """The other hyperparameters that the library's scheduler writes: "beta1", "beta2", "weight_decay"."""
+        return {}
+
+    @property
+    def companions(self) -> dict[str, Schedule]:
+        return {name: Companion(self, name) for name in self.lower_companions()}
+
+    def __repr__(self) -> str:
+        given = (f for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default)  # type: ignore[arg-type]
+        return f"{self.word}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
+
+
+@dataclass(frozen=True)
+class Companion(Schedule, word="companion"):
+    """Another hyperparameter that a library's scheduler writes with the rate: `schedule.companions["beta1"]`."""
+
+    schedule: LibrarySchedule
+    hyperparameter: str
+
+    def __post_init__(self) -> None:
+        names = self.schedule.lower_companions() if isinstance(self.schedule, LibrarySchedule) else ()
+        if self.hyperparameter not in names:
+            raise ValueError(
+                f"companion: {self.schedule!r} schedules {', '.join(names) or 'nothing beside the rate'}, got "
+                f"{self.hyperparameter!r}"
+            )
+
+    def __repr__(self) -> str:
+        return f"{self.schedule!r}.companions[{self.hyperparameter!r}]"
+
+    def lower(self) -> Tree:
+        return self.schedule.lower_companions()[self.hyperparameter]

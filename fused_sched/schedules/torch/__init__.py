@@ -1,0 +1,1 @@
+"""Schedules of torch.optim.lr_scheduler under their own names."""

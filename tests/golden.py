@@ -1,0 +1,89 @@
+"""Learning rates recorded from the real libraries (golden/*.json), as schedules of this package.
+
+A record holds `library`, `version`, `schedule`, `config` (the library's keyword arguments, and what it took from
+elsewhere), `steps`, `lr` and, where the library schedules them, `momentum` (beta1) and `weight_decay`; for
+metric-driven schedules `metrics`, of which metric i was reported after update i.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fused_sched._warnings import ScheduleWarning
+from fused_sched.schedules import Schedule
+
+FOLDER = Path(__file__).parent / "golden"
+Record = dict[str, Any]
+
+#: Names of companions in the records.
+COMPANIONS = {"beta1": "momentum", "weight_decay": "weight_decay"}
+
+
+def records() -> Iterator[tuple[str, Record]]:
+    """All records, each with a name for test ids."""
+    for path in sorted(FOLDER.glob("*.json")):
+        for i, record in enumerate(json.loads(path.read_text())):
+            yield f"{path.stem}-{i}", record
+
+
+def schedules_from_record(record: Record) -> dict[str, Schedule]:
+    """The schedules that give a record's values: "lr", and "momentum" and "weight_decay" where it has them.
+
+    Raises what the library's constructor raised.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ScheduleWarning)  # odd arguments are what many records are about
+        lr = ADAPTERS[record["library"]](record["schedule"], dict(record["config"]))
+        named = {COMPANIONS[name]: s for name, s in lr.companions.items() if name in COMPANIONS}
+    return {"lr": lr, **{name: s for name, s in named.items() if name in record}}
+
+
+def _deepspeed(schedule: str, config: dict[str, Any]) -> Schedule:
+    raise NotImplementedError(schedule)
+
+
+def _torch(schedule: str, config: dict[str, Any]) -> Schedule:
+    raise NotImplementedError(schedule)
+
+
+def _transformers(schedule: str, config: dict[str, Any]) -> Schedule:
+    raise NotImplementedError(schedule)
+
+
+def _optax(schedule: str, config: dict[str, Any]) -> Schedule:
+    raise NotImplementedError(schedule)
+
+
+def _megatron(schedule: str, config: dict[str, Any]) -> Schedule:
+    raise NotImplementedError(schedule)
+
+
+def _timm(schedule: str, config: dict[str, Any]) -> Schedule:
+    raise NotImplementedError(schedule)
+
+
+ADAPTERS: dict[str, Callable[[str, dict[str, Any]], Schedule]] = {
+    "deepspeed": _deepspeed,
+    "torch": _torch,
+    "transformers": _transformers,
+    "optax": _optax,
+    "megatron": _megatron,
+    "timm": _timm,
+}
+
+
+#: Arguments of which a list has one entry per group.
+PER_GROUP = frozenset(
+    "lr opt_lr base_lr max_lr min_lr base_momentum max_momentum lr_range_test_min_lr warmup_min_lr warmup_max_lr "
+    "cycle_min_lr cycle_max_lr cycle_min_mom cycle_max_mom".split()
+)
+
+
+def of_group(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the recorded group."""
+    group = config.pop("group", 0)
+    return {k: v[group] if k in PER_GROUP and isinstance(v, list) else v for k, v in config.items()}
