@@ -72,6 +72,8 @@ $(STAMPS)/installed: $(STAMPS)/torch pyproject.toml
 	@$(QUIET) 'install the build requirements' $(PY) -m pip install $(BUILD_REQUIRES)
 	@$(QUIET) 'install fused_sched (editable) with what the demo and the tests need' \
 		$(PY) -m pip install --no-build-isolation -e '.[demo,test]'
+	@# Only its schedulers are read, which need none of its dependencies, torchvision among them.
+	@$(QUIET) 'install the schedulers of timm' $(PY) -m pip install --no-deps timm==1.0.31
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/installed
