@@ -28,7 +28,7 @@ demo: build
 	@$(PY) examples/digits.py
 
 # make test ARGS='-k clock'
-test: build
+test: build $(STAMPS)/test
 	@$(PY) -m pytest $(ARGS)
 
 lint: $(STAMPS)/dev
@@ -70,8 +70,12 @@ $(STAMPS)/torch: | $(PY)
 
 $(STAMPS)/installed: $(STAMPS)/torch pyproject.toml
 	@$(QUIET) 'install the build requirements' $(PY) -m pip install $(BUILD_REQUIRES)
-	@$(QUIET) 'install fused_sched (editable) with what the demo and the tests need' \
-		$(PY) -m pip install --no-build-isolation -e '.[demo,test]'
+	@$(QUIET) 'install fused_sched (editable) with what the demo needs' \
+		$(PY) -m pip install --no-build-isolation -e '.[demo]'
+	@touch $@
+
+$(STAMPS)/test: $(STAMPS)/installed
+	@$(QUIET) 'install what the tests need' $(PY) -m pip install --no-build-isolation -e '.[test]'
 	@# Only its schedulers are read, which need none of its dependencies, torchvision among them.
 	@$(QUIET) 'install the schedulers of timm' $(PY) -m pip install --no-deps timm==1.0.31
 	@touch $@
