@@ -40,9 +40,12 @@ def extremes(tree: Tree, length: int | None = None) -> set[int]:
     return {int(min(max(step, 0), last)) for step in steps}
 
 
-def phase_starts(tree: Tree, length: int) -> list[int]:
-    """Steps in (0, length) at which one child of a join gives way to the next, in order."""
-    starts = {math.ceil(t) for t in _phase_starts(tree, 0.0, length - 1.0)}
+def phase_starts(tree: Tree, length: int, most_cycles: int | None = None) -> list[int]:
+    """Steps in (0, length) at which one child of a join, or one cycle, gives way to the next, in order.
+
+    A repeat of which more than `most_cycles` end before `length` counts as one phase.
+    """
+    starts = {math.ceil(t) for t in _phase_starts(tree, 0.0, length - 1.0, most_cycles)}
     return sorted(step for step in starts if 0 < step < length)
 
 
@@ -178,25 +181,27 @@ def _phases(node: Join, begin: float, end: float) -> Iterator[tuple[Tree, float,
             yield child, origin, max(begin, start), min(end, stop)
 
 
-def _phase_starts(node: Tree, begin: float, end: float) -> Iterator[float]:
+def _phase_starts(node: Tree, begin: float, end: float, most_cycles: int | None) -> Iterator[float]:
     match node:
         case Join():
             for index, (child, origin, start, stop) in enumerate(_phases(node, begin, end)):
                 if index:
                     yield start
-                yield from (t + origin for t in _phase_starts(child, start - origin, stop - origin))
+                yield from (t + origin for t in _phase_starts(child, start - origin, stop - origin, most_cycles))
         case Product() | Sum():
             for child in node.children:
-                yield from _phase_starts(child, begin, end)
+                yield from _phase_starts(child, begin, end, most_cycles)
         case Clamp():
-            yield from _phase_starts(node.child, begin, end)
+            yield from _phase_starts(node.child, begin, end, most_cycles)
         case Clock() if node.multiplier > 0.0:
             start, stop = (max(0.0, t * node.multiplier + node.addend) for t in (begin, end))
             if node.every:
                 start, stop = start // node.every, stop // node.every
-            yield from (_before_clock(node, t) for t in _phase_starts(node.child, start, stop))
+            yield from (_before_clock(node, t) for t in _phase_starts(node.child, start, stop, most_cycles))
         case Repeat():
-            yield from _cycle_starts(node, end)
+            starts = list(islice(_cycle_starts(node, end), None if most_cycles is None else most_cycles + 1))
+            if most_cycles is None or len(starts) <= most_cycles:
+                yield from starts
 
 
 def _cycle_starts(node: Repeat, end: float) -> Iterator[float]:
