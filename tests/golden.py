@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fused_sched import schedules
 from fused_sched._warnings import ScheduleWarning
 from fused_sched.schedules import Schedule
 
@@ -43,7 +44,9 @@ def schedules_from_record(record: Record) -> dict[str, Schedule]:
 
 
 def _deepspeed(schedule: str, config: dict[str, Any]) -> Schedule:
-    raise NotImplementedError(schedule)
+    group, opt_lr = config.pop("group", 0), config.pop("opt_lr", None)
+    base_lrs = opt_lr if isinstance(opt_lr, list) else [opt_lr]
+    return getattr(schedules.deepspeed, schedule).per_group(base_lrs, **config)[group]
 
 
 def _torch(schedule: str, config: dict[str, Any]) -> Schedule:
@@ -59,11 +62,14 @@ def _optax(schedule: str, config: dict[str, Any]) -> Schedule:
 
 
 def _megatron(schedule: str, config: dict[str, Any]) -> Schedule:
-    raise NotImplementedError(schedule)
+    return getattr(schedules.megatron, schedule)(**config)
 
 
 def _timm(schedule: str, config: dict[str, Any]) -> Schedule:
-    raise NotImplementedError(schedule)
+    every = config.pop("every", 0) or None
+    return getattr(schedules.timm, schedule)(
+        base_lr=config.pop("lr"), t_in_epochs=every is not None, updates_per_epoch=every, **config
+    )
 
 
 ADAPTERS: dict[str, Callable[[str, dict[str, Any]], Schedule]] = {
