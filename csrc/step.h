@@ -1,10 +1,11 @@
 // The C ABI between the binding and a backend: plain data, raw addresses, a raw stream. `_cpu` and `_cuda`
-// implement the same three functions, so that one binding serves both.
+// implement the same functions, so that one binding serves both.
 #pragma once
 
 #include <stdint.h>
 
 #include "core/clock.h"
+#include "core/metric.h"
 
 extern "C" {
 
@@ -57,9 +58,19 @@ struct fs_call {
   int32_t launches;     // out: kernels or parallel loops started
 };
 
+// One report of a metric to the rates that depend on it. All memory is the device's.
+struct fs_report {
+  const double* metric;
+  const fused_sched::MetricRecord* records;
+  int64_t num_records;
+  uint64_t stream;
+  int32_t device;
+};
+
 // Each returns 0, or non-zero after writing what failed, where, and CUDA's name for it into `error`.
 enum { kErrorSize = 512 };
 int fs_clock(fs_call* call, char* error);
 int fs_update(fs_call* call, char* error);
+int fs_report_metric(const fs_report* report, char* error);
 int fs_device_count(int* count, char* error);
 }
