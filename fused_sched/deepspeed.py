@@ -266,7 +266,8 @@ def _schedules(section: Mapping[str, Any], base_lrs: Sequence[float | None]) -> 
         raise ValueError(
             f"scheduler.params is missing, without which DeepSpeed fails; {cls.word} takes {', '.join(own)}"
         )
-    params = _params(section, "scheduler", [*own, resume])
+    ours = [name for name in _arguments(cls, kw_only=True) if name != "base_lr"]  # which the optimizer's section has
+    params = _params(section, "scheduler", [*own, *ours, resume])
     if params.pop(resume, -1) != -1:
         raise ValueError(f"scheduler.params.{resume} must be -1; use opt.set_clock(n) to begin at update n")
     for key, default in own.items():

@@ -124,6 +124,7 @@ def test_named_parameters_keep_their_names() -> None:
     [
         ({"type": "StepLR", "params": {"step_size": 2, "gamma": 0.5}}, [0.1, 0.1, 0.05, 0.05, 0.025]),
         ({"type": "LinearLR", "params": {"start_factor": 0.5, "total_iters": 2, "last_epoch": -1}}, [0.05, 0.075, 0.1]),
+        ({"type": "LambdaLR", "params": {"lr_lambda": lambda t: 1 / (t + 1), "num_steps": 2}}, [0.1, 0.05]),
     ],
 )
 def test_other_schedulers_are_torchs(scheduler: dict[str, Any], expected: list[float]) -> None:
