@@ -12,7 +12,6 @@ import inspect
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -260,18 +259,20 @@ def _number(lr: Any) -> Any:
 def _schedules(section: Mapping[str, Any], base_lrs: Sequence[float | None]) -> list[Schedule]:
     """The section "scheduler", one schedule per group."""
     cls = _schedule_class(_type(section, "scheduler"))
-    own = _arguments(cls, kw_only=False)
+    own = _arguments(cls, keyword_only=False)
     resume = "last_batch_iteration" if issubclass(cls, DeepSpeedSchedule) else "last_epoch"
     if section.get("params") is None:
         raise ValueError(
             f"scheduler.params is missing, without which DeepSpeed fails; {cls.word} takes {', '.join(own)}"
         )
-    ours = [name for name in _arguments(cls, kw_only=True) if name != "base_lr"]  # which the optimizer's section has
+    ours = [
+        name for name in _arguments(cls, keyword_only=True) if name != "base_lr"
+    ]  # which the optimizer's section has
     params = _params(section, "scheduler", [*own, *ours, resume])
     if params.pop(resume, -1) != -1:
         raise ValueError(f"scheduler.params.{resume} must be -1; use opt.set_clock(n) to begin at update n")
     for key, default in own.items():
-        if default is MISSING and key not in params:
+        if default is inspect.Parameter.empty and key not in params:
             raise ValueError(f"scheduler.params.{key} is missing, without which {cls.word} cannot be built; add it")
     if issubclass(cls, DeepSpeedSchedule):
         return list(cls.per_group(base_lrs, **params))  # type: ignore[arg-type]  # None: the class says what it lacks
@@ -281,7 +282,7 @@ def _schedules(section: Mapping[str, Any], base_lrs: Sequence[float | None]) -> 
 def _torch_schedules(
     cls: type[LibrarySchedule], base_lrs: Sequence[float | None], params: Mapping[str, Any]
 ) -> list[Schedule]:
-    reads_base_lr = "base_lr" in _arguments(cls, kw_only=True)
+    reads_base_lr = "base_lr" in _arguments(cls, keyword_only=True)
     made: list[Schedule] = []
     for group, lr in enumerate(base_lrs):
         arguments = dict(params)
@@ -312,6 +313,7 @@ def _schedule_class(name: str) -> type[LibrarySchedule]:
     return known[name]
 
 
-def _arguments(cls: type[LibrarySchedule], kw_only: bool) -> dict[str, Any]:
-    """The library's own arguments, or those that it takes from elsewhere, with their defaults or MISSING."""
-    return {f.name: f.default for f in fields(cls) if f.kw_only is kw_only}  # type: ignore[arg-type]  # a dataclass
+def _arguments(cls: type[LibrarySchedule], keyword_only: bool) -> dict[str, Any]:
+    """The library's own arguments, or what else the class takes, with their defaults or Parameter.empty."""
+    parameters = inspect.signature(cls).parameters.values()
+    return {p.name: p.default for p in parameters if (p.kind is inspect.Parameter.KEYWORD_ONLY) is keyword_only}
