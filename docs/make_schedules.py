@@ -27,6 +27,9 @@ PAGE, GALLERY, PICTURES = DOCS / "schedules.md", DOCS / "images" / "schedules.sv
 
 _ENDLESS_STEPS = 400  # shown of a schedule that has no end
 
+# Heads the column of pictures: GitHub shrinks pictures to nothing in a column that no text keeps open.
+_ROOM = "&nbsp;" * 60
+
 # A loss that comes to rest three times, for schedules that react to one.
 METRICS = [3.0, 2.4, 2.0, 1.8] + [1.7] * 12 + [1.4, 1.2, 1.1] + [1.05] * 12 + [0.95, 0.9] + [0.88] * 12
 
@@ -98,7 +101,7 @@ def section(name: str) -> str:
     blocks = [
         f"## {SECTIONS[name]}",
         *remarks(name),
-        "\n".join(["| | schedule | value |", "|---|---|---|", *rows]),
+        "\n".join([f"| {_ROOM} | schedule | value |", "|---|---|---|", *rows]),
         "\n".join(f"- {code(signature(call, f))}: {first_paragraph(f)}" for call, f in functions(name)),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
