@@ -265,9 +265,8 @@ def _schedules(section: Mapping[str, Any], base_lrs: Sequence[float | None]) -> 
         raise ValueError(
             f"scheduler.params is missing, without which DeepSpeed fails; {cls.word} takes {', '.join(own)}"
         )
-    ours = [
-        name for name in _arguments(cls, keyword_only=True) if name != "base_lr"
-    ]  # which the optimizer's section has
+    # The rate is the optimizer's section's.
+    ours = [name for name in _arguments(cls, keyword_only=True) if name != "base_lr"]
     params = _params(section, "scheduler", [*own, *ours, resume])
     if params.pop(resume, -1) != -1:
         raise ValueError(f"scheduler.params.{resume} must be -1; use opt.set_clock(n) to begin at update n")
