@@ -85,7 +85,8 @@ def _configured(path: Path, base_lr: float | None) -> Schedule:
             f"schedule must be a file that can be read or an expression, got '{path}': {error.strerror}; check the path"
         ) from error
     except (TypeError, ValueError) as error:
-        raise _Refused(f"{path}: {error}") from error
+        remedy = "; give --base-lr" if base_lr is None and "base_lr" in str(error) else ""
+        raise _Refused(f"{path}: {error}{remedy}") from error
 
 
 def _evaluated(expression: str, base_lr: float | None) -> Schedule:

@@ -131,6 +131,7 @@ def test_weight_decay_is_drawn_below_the_momentum() -> None:
     assert all(same_color(line.get_color(), colors[0]) for line in momentum.lines)
     assert all(same_color(line.get_color(), colors[1]) for line in decay.lines)
     assert [len(ax.lines) for ax in figure.axes] == [3, 2, 1]
+    assert [marks(ax) for ax in figure.axes[1:]] == [[starts] for starts in marks(top)[1:]]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +216,7 @@ def test_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "schedule must be a file that can be read or an expression, got 'no.json'",
         ),
         (["plot", "empty.json", "-o", "a.png"], "empty.json: "),
+        (["plot", "auto.json", "-o", "a.png"], "; give --base-lr"),
         (["plot", "torch.ReduceLROnPlateau(base_lr=0.1)", "-o", "a.png"], "replay(metrics)"),
         (["draw"], "argument command: invalid choice: 'draw'"),
     ],
@@ -229,6 +231,10 @@ def test_a_bad_command_line_is_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "empty.json").touch()
+    (tmp_path / "auto.json").write_text(
+        '{"optimizer": {"type": "Adam", "params": {"lr": "auto"}}, "scheduler": {"type": "WarmupCosineLR", "params": '
+        '{"total_num_steps": 1000}}}'
+    )
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2
