@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Backend
 
-from fused_sched import FusedScheduledAdam, schedules
+from fused_sched import FusedScheduledAdam, ScheduleWarning, schedules
 from fused_sched.schedules import Schedule
 
 ONE_CYCLE = schedules.deepspeed.OneCycle(cycle_min_lr=1e-4, cycle_max_lr=1e-3, cycle_first_step_size=4)
@@ -111,7 +111,7 @@ def test_a_hyperparameter_is_not_scheduled_twice() -> None:
 
 
 def test_a_momentum_that_reaches_one_is_refused_before_anything_changes() -> None:
-    with pytest.warns(UserWarning):
+    with pytest.warns(ScheduleWarning, match="momentum"):
         growing = schedules.deepspeed.OneCycle(
             cycle_min_lr=1e-4, cycle_max_lr=1e-3, cycle_first_step_size=4, decay_step_size=1, decay_mom_rate=0.1
         )
