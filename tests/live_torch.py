@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import pickle
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,3 +111,23 @@ def assert_same(
             continue
         wrong = np.abs(got(steps) - expected) > tolerance * max(least_peak, np.abs(expected).max())
         assert not wrong.any(), (schedule, int(np.argmax(wrong)), got(steps)[wrong][:3], expected[wrong][:3])
+
+
+def outcome(function: Any, *args: Any) -> Any:
+    """The result or, if it raises, the exception."""
+    try:
+        return function(*args)
+    except Exception as error:
+        return error
+
+
+def assert_survives(schedule: Schedule) -> None:
+    """Storage, and what is written about it."""
+    again = (
+        quietly(Schedule.from_dict, schedule.to_dict()),
+        quietly(eval, repr(schedule), vars(schedules) | {"inf": math.inf}),
+        pickle.loads(pickle.dumps(schedule)),
+    )
+    for other in again:
+        assert other == schedule
+        assert other.program == schedule.program

@@ -10,17 +10,15 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from live_torch import Config, Run, assert_same, build, continued, optimizer, quietly, run
-from test_live_torch import FACTORS, SETTERS, assert_survives, examples, outcome, rates, sequences
+from live_torch import Config, Run, assert_same, assert_survives, build, continued, optimizer, outcome, quietly, run
 from torch.optim import lr_scheduler
+from torch_configs import FACTORS, SETTERS, examples, rates, sequences
 
 from fused_sched import FusedScheduledAdam, schedules
 from fused_sched.schedules import Schedule
 from fused_sched.schedules.torch import Resumed, from_scheduler
 
 AHEAD = 60
-#: Shares of the present rate that a user may leave.
-CHANGES = (0.25, 3.0)
 
 
 def assert_continues(scheduler: Any, schedule: Schedule, least_peak: float = 0.0) -> Run:
@@ -31,8 +29,8 @@ def assert_continues(scheduler: Any, schedule: Schedule, least_peak: float = 0.0
     return done
 
 
-def converted(scheduler: Any, **options: Any) -> Schedule:
-    schedule: Schedule = quietly(from_scheduler, scheduler, **options)
+def converted(scheduler: Any, num_steps: int | None = None, **options: Any) -> Schedule:
+    schedule: Schedule = quietly(from_scheduler, scheduler, num_steps, **options)
     return schedule
 
 
@@ -43,7 +41,10 @@ def test_at_any_position(config: Config, lr: float, position: int) -> None:
     assume(not isinstance(live, Exception))
     before = run(live, position + 1)
     assume(before.error is None)
-    assert_continues(live, converted(live, num_steps=AHEAD), max(map(abs, before.rates)))
+    schedule = outcome(converted, live, AHEAD)
+    # OneCycleLR has moved the rate at which a cosine begins, but not the one to which it returns.
+    assume(not (isinstance(schedule, ValueError) and "which OneCycleLR sets" in str(schedule)))
+    assert_continues(live, schedule, max(map(abs, before.rates)))
 
 
 @pytest.mark.parametrize("position", [0, 1, 7])
@@ -96,7 +97,7 @@ def changed(config: Config, position: int, factor: float, lr: float = 0.1) -> An
     return live
 
 
-@pytest.mark.parametrize("factor", CHANGES)
+@pytest.mark.parametrize("factor", [0.25, 3.0])
 @pytest.mark.parametrize("position", [0, 5, 28, 40])
 @pytest.mark.parametrize("config", CHAINABLE, ids=lambda config: config[0])
 def test_a_changed_rate_stays_where_torch_goes_on_from_it(config: Config, position: int, factor: float) -> None:
@@ -139,8 +140,7 @@ def test_a_changed_rate_in_a_phase_that_sets_it_is_refused() -> None:
 
 def test_another_schedulers_factor_is_kept() -> None:
     """Two schedulers step one optimizer without a ChainedScheduler: each knows its own part."""
-    opt = optimizer()
-    warmup = lr_scheduler.LinearLR(opt, total_iters=4)
+    warmup = lr_scheduler.LinearLR(opt := optimizer(), total_iters=4)
     decay = lr_scheduler.ExponentialLR(opt, 0.9)
     opt.step()
     for _ in range(10):
@@ -213,13 +213,6 @@ def test_the_momentum_comes_along() -> None:
         lr, beta1 = engine._values[0].tolist()[:2]
         assert math.isclose(lr, done.rates[update], rel_tol=1e-12)
         assert math.isclose(beta1, done.momenta[update], rel_tol=1e-12)
-
-
-def test_resumed_is_of_a_library() -> None:
-    with pytest.raises(TypeError, match=r"use \.shifted\(-updates\)"):
-        Resumed(schedules.constant(0.1), 3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="updates must be at least 0, got -1"):
-        Resumed(schedules.torch.CyclicLR(0.1, 0.2), -1)
 
 
 def test_a_plateau_stands_where_it_stood() -> None:
@@ -357,7 +350,6 @@ def _moved(position: int) -> Any:
         (lambda: _Own(optimizer(), 3), TypeError, "a subclass may compute anything.*_Own; .*from_callable"),
         (lambda: 0.1, TypeError, "must be an instance with an optimizer, got 0.1; .*from_callable"),
         (lambda: lr_scheduler.LambdaLR(optimizer(), lambda t: 1.0), ValueError, "give num_steps, .*from_callable"),
-        (lambda: lr_scheduler.MultiplicativeLR(optimizer(), lambda t: 1.0), ValueError, "give num_steps, "),
         (
             lambda: lr_scheduler.CyclicLR(optimizer(), 0.1, 0.2, scale_fn=lambda x: 1.0),
             ValueError,

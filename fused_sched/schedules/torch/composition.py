@@ -127,7 +127,7 @@ class SequentialLR(TorchSchedule):
         if recursive and base_lr != stored.get("initial_lr", base_lr):
             raise ValueError(
                 f"{self.word}: the first schedule must have base_lr={stored['initial_lr']!r}, got {base_lr!r}; torch "
-                "begins at the group's initial_lr, which OneCycleLR sets to max_lr / div_factor"
+                f"begins at the group's initial_lr, which OneCycleLR sets to max_lr / div_factor; or {ELSE_TABULATE}"
             )
 
     def _phases(self) -> list[_Phase]:
