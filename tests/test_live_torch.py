@@ -232,4 +232,8 @@ def test_chains_in_a_chain_are_one() -> None:
 
 def test_a_chain_of_one_is_that() -> None:
     config = ("CyclicLR", {"base_lr": 0.1, "max_lr": 0.3, "step_size_up": 7})
-    assert_same_as_torch(("ChainedScheduler", {"schedulers": [config]}), 0.1)
+    chain = ("ChainedScheduler", {"schedulers": [config]})
+    assert_same_as_torch(chain, 0.1)
+    assert_same_as_torch(
+        ("SequentialLR", {"schedulers": [chain, ("StepLR", {"step_size": 9})], "milestones": [30]}), 0.1
+    )

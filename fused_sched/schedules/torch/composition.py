@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from math import inf
+from math import inf, isclose
 from typing import NamedTuple
 
 from ... import landmarks
@@ -122,9 +122,8 @@ class SequentialLR(TorchSchedule):
                     f"{self.word}: torch keeps the bounds of {child!r} in the parameter group, where a later child of "
                     f"the list overwrites them; give both the same, or {ELSE_TABULATE}"
                 )
-        base_lr = getattr(first, "base_lr", None)
-        recursive = isinstance(first, Chainable | CosineAnnealingLR | ChainedScheduler)
-        if recursive and base_lr != stored.get("initial_lr", base_lr):
+        base_lr = first.base_lr if isinstance(first, Chainable | CosineAnnealingLR | ChainedScheduler) else None
+        if base_lr is not None and not isclose(base_lr, stored.get("initial_lr", base_lr), rel_tol=1e-12):
             raise ValueError(
                 f"{self.word}: the first schedule must have base_lr={stored['initial_lr']!r}, got {base_lr!r}; torch "
                 f"begins at the group's initial_lr, which OneCycleLR sets to max_lr / div_factor; or {ELSE_TABULATE}"
@@ -235,9 +234,9 @@ class ChainedScheduler(TorchSchedule):
         return tuple(c for c in self.schedulers if isinstance(c, Chainable | CosineAnnealingLR))
 
     @property
-    def base_lr(self) -> float:
-        """The group's rate, which all children share."""
-        return self._factors[0].base_lr
+    def base_lr(self) -> float | None:
+        """The group's rate, which all children share; None for a single child that does not multiply it."""
+        return self._factors[0].base_lr if self._factors else None
 
     @property
     def is_product(self) -> bool:
@@ -285,7 +284,8 @@ class ChainedScheduler(TorchSchedule):
     def lower(self) -> Tree:
         if len(self.schedulers) == 1:
             return self.schedulers[0].lower()
-        base, factors = self.base_lr, self._factors
+        factors = self._factors
+        base = factors[0].base_lr
         tree: Tree = Product(tuple(c.lower_from(base if i == 0 else 1.0) for i, c in enumerate(factors)))
         if self._cosines:
             steps = self._cosine_steps
