@@ -11,50 +11,241 @@
 FS_NAMESPACE_BEGIN
 namespace {
 
-// Two staged floats per element and up to three streams of state: 4 * 1024 * 5 = 20 KB of a 32 KB cache.
+// Up to four staged floats per element and the streams they come from: 16 KB and about 10 of a 32 KB cache.
 constexpr int64_t kTile = 1024;
 
-template <class Codec, class T>
-void decode_tile(const void* source, int64_t first, int64_t count, T* out) {
-  const typename Codec::Storage* stored = static_cast<const typename Codec::Storage*>(source) + first;
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(Codec::decode(stored[i]));
-}
+// A run from one of its elements on, for one tile.
+struct Place {
+  const fs_run& run;
+  int64_t first;
+  int64_t count;
 
-template <class T>
-constexpr int32_t format_of() {
-  return sizeof(T) == sizeof(double) ? kFloat64 : kFloat32;
-}
-
-// Elements as T: in place where they are stored as T, else decoded into the tile.
-template <class T>
-const T* as_compute(const void* source, int32_t format, int64_t first, int64_t count, T* tile) {
-  if (format == format_of<T>()) return static_cast<const T*>(source) + first;
-  switch (format) {
-#define FS_DECODE(identifier, tag, name, Codec) \
-  case identifier: decode_tile<Codec, T>(source, first, count, tile); break;
-    FS_FORMATS(FS_DECODE)
-#undef FS_DECODE
+  template <class T>
+  T* at(void* stream) const {
+    return static_cast<T*>(stream) + first;
   }
-  return tile;
+  template <class T>
+  const T* at(const void* stream) const {
+    return static_cast<const T*>(stream) + first;
+  }
+  RandomKey random_key() const { return {run.random_key[0], run.random_key[1]}; }
+  uint32_t first_element() const { return run.first + static_cast<uint32_t>(first); }
+};
+
+template <class T>
+struct Tile {
+  alignas(64) T grad[kTile];
+  alignas(64) T weight[kTile];
+  alignas(64) T exp_avg[kTile];
+  alignas(64) T exp_avg_sq[kTile];
+};
+
+// Where the update finds a tile's elements: in the tile, or where they are stored if that is as T.
+template <class T>
+struct Elements {
+  const T* grad;
+  T* weight;
+  T* exp_avg;
+  T* exp_avg_sq;
+  T* max_exp_avg_sq;
+};
+
+// ---- gradients -------------------------------------------------------------------------------------
+
+template <class Codec, class T>
+const T* decode_grad(const Place& place, T* __restrict out) {
+  using Storage = typename Codec::Storage;
+  const Storage* __restrict stored = place.at<Storage>(place.run.grad);
+  if constexpr (std::is_same<Storage, T>::value) {
+    return stored;
+  } else {
+    for (int64_t i = 0; i < place.count; ++i) out[i] = static_cast<T>(Codec::decode(stored[i]));
+    return out;
+  }
 }
 
-template <class Codec>
-void encode_tile(const float* value, void* target, int64_t first, int64_t count) {
-  typename Codec::Storage* stored = static_cast<typename Codec::Storage*>(target) + first;
-  for (int64_t i = 0; i < count; ++i) stored[i] = Codec::encode(value[i]);
+template <class T>
+const T* stage_grad(const Place& place, T* out) {
+  switch (place.run.grad_format) {
+#define FS_CASE(identifier, tag, name, Codec) \
+  case identifier: return decode_grad<Codec, T>(place, out);
+    FS_FORMATS(FS_CASE)
+#undef FS_CASE
+    default: return out;
+  }
 }
 
-template <class Codec>
-void encode_tile_beside_master(const float* master, void* target, int64_t first, int64_t count) {
-  typename Codec::Storage* stored = static_cast<typename Codec::Storage*>(target) + first;
-  for (int64_t i = 0; i < count; ++i) stored[i] = Codec::encode_beside_master(master[i]);
+// ---- parameters and their masters ------------------------------------------------------------------
+
+template <class Param, class MasterCodec>
+void decode_weight(const Place& place, float* __restrict out) {
+  using Kept = typename MasterCodec::Storage;
+  const typename Param::Storage* __restrict param = place.at<typename Param::Storage>(place.run.param);
+  if constexpr (MasterCodec::kStores) {
+    const Kept* __restrict kept = place.at<Kept>(place.run.master);
+    for (int64_t i = 0; i < place.count; ++i) out[i] = MasterCodec::template decode<Param>(param[i], kept[i]);
+  } else {
+    for (int64_t i = 0; i < place.count; ++i) out[i] = MasterCodec::template decode<Param>(param[i], Kept());
+  }
 }
 
-template <class Codec>
-void reconcile_tile(float* master, const void* source, int64_t first, int64_t count) {
-  const typename Codec::Storage* stored = static_cast<const typename Codec::Storage*>(source) + first;
-  for (int64_t i = 0; i < count; ++i) master[i] = reconcile_master<Codec>(master[i], stored[i]);
+template <class Param, class MasterCodec>
+void encode_weight(const Place& place, const float* __restrict weight) {
+  using Kept = typename MasterCodec::Storage;
+  typename Param::Storage* __restrict param = place.at<typename Param::Storage>(place.run.param);
+  if constexpr (MasterCodec::kStores) {
+    Kept* __restrict kept = place.at<Kept>(place.run.master);
+    for (int64_t i = 0; i < place.count; ++i) MasterCodec::template encode<Param>(weight[i], 0, param[i], kept[i]);
+  } else {
+    const RandomKey key = key_of_parameter(place.random_key());
+    const uint32_t first = place.first_element();
+    Kept nothing;
+    for (int64_t i = 0; i < place.count; ++i) {
+      const uint32_t random = MasterCodec::kDraws ? random_bits(key, first + static_cast<uint32_t>(i)) : 0u;
+      MasterCodec::template encode<Param>(weight[i], random, param[i], nothing);
+    }
+  }
 }
+
+template <class Param, class T>
+T* stage_weight(const Place& place, T* out) {
+  if constexpr (std::is_same<typename Param::Storage, T>::value) {
+    return place.at<T>(place.run.param);
+  } else {
+    switch (place.run.master_format) {
+#define FS_CASE(identifier, tag, name, Codec)                                     \
+  case identifier:                                                                \
+    if constexpr (Codec::kServes<Param>) decode_weight<Param, Codec>(place, out); \
+    break;
+      FS_MASTERS(FS_CASE)
+#undef FS_CASE
+    }
+    return out;
+  }
+}
+
+template <class Param, class T>
+void store_weight(const Place& place, const T* weight) {
+  if constexpr (!std::is_same<typename Param::Storage, T>::value) {
+    switch (place.run.master_format) {
+#define FS_CASE(identifier, tag, name, Codec)                                        \
+  case identifier:                                                                   \
+    if constexpr (Codec::kServes<Param>) encode_weight<Param, Codec>(place, weight); \
+    break;
+      FS_MASTERS(FS_CASE)
+#undef FS_CASE
+    }
+  }
+}
+
+// ---- moments ---------------------------------------------------------------------------------------
+
+// Whole groups: past the last element state is zero, and stays so.
+template <class MomentsCodec>
+int64_t num_groups(const Place& place) {
+  return (place.count + MomentsCodec::kGroup - 1) / MomentsCodec::kGroup;
+}
+
+template <class MomentsCodec, class Codec>
+void decode_moment(const Place& place, const void* stream, const uint8_t* scales, float* __restrict out) {
+  constexpr int kGroup = MomentsCodec::kGroup;
+  const typename Codec::Storage* __restrict stored = place.at<typename Codec::Storage>(stream);
+  if constexpr (kGroup == 1) {
+    for (int64_t i = 0; i < place.count; ++i) out[i] = Codec::decode(stored[i], typename Codec::Scale(0));
+  } else {
+    const uint8_t* __restrict scale_of_group = scales + place.first / kGroup;
+    for (int64_t group = 0; group < num_groups<MomentsCodec>(place); ++group) {
+      const typename Codec::Scale scale(scale_of_group[group]);
+      for (int i = 0; i < kGroup; ++i) out[group * kGroup + i] = Codec::decode(stored[group * kGroup + i], scale);
+    }
+  }
+}
+
+template <class First, class Second>
+void encode_moments(const Place& place, const float* __restrict exp_avg, const float* __restrict exp_avg_sq) {
+  typename First::Storage* __restrict first = place.at<typename First::Storage>(place.run.exp_avg);
+  typename Second::Storage* __restrict second = place.at<typename Second::Storage>(place.run.exp_avg_sq);
+  const RandomKey key = place.random_key();
+  const uint32_t first_element = place.first_element();
+  for (int64_t i = 0; i < place.count; ++i) {
+    const uint32_t random = random_bits(key, first_element + static_cast<uint32_t>(i));
+    first[i] = First::encode(exp_avg[i], typename First::Scale(0), draw_of_first(random));
+    second[i] = Second::encode(exp_avg_sq[i], typename Second::Scale(0), draw_of_second(random));
+  }
+}
+
+template <class Codec, int kGroup>
+uint8_t scale_of(const float* __restrict value) {
+  uint32_t largest = 0;
+  for (int i = 0; i < kGroup; ++i) largest = larger_finite(largest, value[i]);
+  return Codec::scale_for(largest);
+}
+
+template <class First, class Second, int kGroup>
+void encode_groups(const Place& place, int64_t num_groups, const float* __restrict exp_avg,
+                   const float* __restrict exp_avg_sq) {
+  typename First::Storage* __restrict first = place.at<typename First::Storage>(place.run.exp_avg);
+  typename Second::Storage* __restrict second = place.at<typename Second::Storage>(place.run.exp_avg_sq);
+  uint8_t* __restrict first_scale = place.run.exp_avg_scale + place.first / kGroup;
+  uint8_t* __restrict second_scale = place.run.exp_avg_sq_scale + place.first / kGroup;
+  const RandomKey key = place.random_key();
+  for (int64_t group = 0; group < num_groups; ++group) {
+    const int64_t begin = group * kGroup;
+    first_scale[group] = scale_of<First, kGroup>(exp_avg + begin);
+    second_scale[group] = scale_of<Second, kGroup>(exp_avg_sq + begin);
+    const typename First::Scale scale_of_first(first_scale[group]);
+    const typename Second::Scale scale_of_second(second_scale[group]);
+    const uint32_t first_element = place.first_element() + static_cast<uint32_t>(begin);
+    for (int i = 0; i < kGroup; ++i) {
+      const uint32_t random = random_bits(key, first_element + static_cast<uint32_t>(i));
+      first[begin + i] = First::encode(exp_avg[begin + i], scale_of_first, draw_of_first(random));
+      second[begin + i] = Second::encode(exp_avg_sq[begin + i], scale_of_second, draw_of_second(random));
+    }
+  }
+}
+
+template <class T>
+void stage_moments(const Place& place, Tile<T>& tile, Elements<T>& elements) {
+  const fs_run& run = place.run;
+  elements.max_exp_avg_sq = run.max_exp_avg_sq == nullptr ? nullptr : place.at<T>(run.max_exp_avg_sq);
+  switch (run.moments_format) {
+#define FS_CASE(identifier, tag, name, Codec)                                                               \
+  case identifier:                                                                                          \
+    if constexpr (Codec::kExact) {                                                                          \
+      elements.exp_avg = place.at<T>(run.exp_avg);                                                          \
+      elements.exp_avg_sq = place.at<T>(run.exp_avg_sq);                                                    \
+    } else if constexpr (std::is_same<T, float>::value) {                                                   \
+      decode_moment<Codec, Codec::First<T>>(place, run.exp_avg, run.exp_avg_scale, tile.exp_avg);           \
+      decode_moment<Codec, Codec::Second<T>>(place, run.exp_avg_sq, run.exp_avg_sq_scale, tile.exp_avg_sq); \
+      elements.exp_avg = tile.exp_avg;                                                                      \
+      elements.exp_avg_sq = tile.exp_avg_sq;                                                                \
+    }                                                                                                       \
+    break;
+    FS_MOMENTS(FS_CASE)
+#undef FS_CASE
+  }
+}
+
+template <class T>
+void store_moments(const Place& place, const Elements<T>& elements) {
+  switch (place.run.moments_format) {
+#define FS_CASE(identifier, tag, name, Codec)                                                                   \
+  case identifier:                                                                                              \
+    if constexpr (!Codec::kExact && std::is_same<T, float>::value) {                                            \
+      if constexpr (Codec::kGroup == 1) {                                                                       \
+        encode_moments<Codec::First<T>, Codec::Second<T>>(place, elements.exp_avg, elements.exp_avg_sq);        \
+      } else {                                                                                                  \
+        encode_groups<Codec::First<T>, Codec::Second<T>, Codec::kGroup>(place, num_groups<Codec>(place),        \
+                                                                        elements.exp_avg, elements.exp_avg_sq); \
+      }                                                                                                         \
+    }                                                                                                           \
+    break;
+    FS_MOMENTS(FS_CASE)
+#undef FS_CASE
+  }
+}
+
+// ---- the update ------------------------------------------------------------------------------------
 
 constexpr int kAnyFlags = -1;
 
@@ -70,21 +261,10 @@ void update_elements(T* __restrict weight, const T* __restrict grad, T* __restri
   }
 }
 
-template <class T>
-struct State {
-  T* exp_avg;
-  T* exp_avg_sq;
-  T* max_exp_avg_sq;
-};
-
 template <bool kAmsgrad, class T>
-void update_tile(T* weight, const T* grad, const State<T>& state, int64_t first, int64_t count,
-                 const StepScalars<T>& scalars) {
-  T* const exp_avg = state.exp_avg + first;
-  T* const exp_avg_sq = state.exp_avg_sq + first;
-  T* const max_exp_avg_sq = kAmsgrad ? state.max_exp_avg_sq + first : nullptr;
+void update_tile(const Elements<T>& at, int64_t count, const StepScalars<T>& scalars) {
 #define FS_UPDATE(flags) \
-  update_elements<kAmsgrad, flags>(weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, count, scalars)
+  update_elements<kAmsgrad, flags>(at.weight, at.grad, at.exp_avg, at.exp_avg_sq, at.max_exp_avg_sq, count, scalars)
   switch (scalars.flags) {
     case 0: return FS_UPDATE(0);
     case kDecoupledDecay: return FS_UPDATE(kDecoupledDecay);
@@ -94,62 +274,24 @@ void update_tile(T* weight, const T* grad, const State<T>& state, int64_t first,
 #undef FS_UPDATE
 }
 
-// Parameters stored as they are computed with: updated in place.
-template <bool kAmsgrad, class T>
-void update_wide(const fs_run& run, const State<T>& state, const StepScalars<T>& scalars) {
-  alignas(64) T grad_tile[kTile];
-  for (int64_t first = 0; first < run.count; first += kTile) {
-    const int64_t count = run.count - first < kTile ? run.count - first : kTile;
-    const T* grad = as_compute(run.grad, run.grad_format, first, count, grad_tile);
-    update_tile<kAmsgrad>(static_cast<T*>(run.param) + first, grad, state, first, count, scalars);
-  }
-}
-
-// 16-bit parameters, with or without an fp32 master.
-template <class Codec, bool kAmsgrad>
-void update_narrow(const fs_run& run, const State<float>& state, const StepScalars<float>& scalars) {
-  alignas(64) float grad_tile[kTile];
-  alignas(64) float weight_tile[kTile];
-  for (int64_t first = 0; first < run.count; first += kTile) {
-    const int64_t count = run.count - first < kTile ? run.count - first : kTile;
-    const float* grad = as_compute(run.grad, run.grad_format, first, count, grad_tile);
-    if (run.master != nullptr) {
-      float* const master = run.master + first;
-      reconcile_tile<Codec>(master, run.param, first, count);
-      update_tile<kAmsgrad>(master, grad, state, first, count, scalars);
-      encode_tile_beside_master<Codec>(master, run.param, first, count);
-    } else {
-      decode_tile<Codec, float>(run.param, first, count, weight_tile);
-      update_tile<kAmsgrad>(weight_tile, grad, state, first, count, scalars);
-      encode_tile<Codec>(weight_tile, run.param, first, count);
-    }
-  }
-}
-
-template <class T>
-State<T> state_of(const fs_run& run) {
-  return {static_cast<T*>(run.exp_avg), static_cast<T*>(run.exp_avg_sq), static_cast<T*>(run.max_exp_avg_sq)};
-}
-
-// Which of the two a format needs follows from its row; a new row brings its loop.
-template <class Codec, bool kAmsgrad>
-void update_format(const fs_run& run) {
-  using T = typename Codec::Compute;
-  const StepScalars<T>& scalars = *static_cast<const StepScalars<T>*>(run.scalars);
-  if constexpr (std::is_same<typename Codec::Storage, T>::value) {
-    update_wide<kAmsgrad>(run, state_of<T>(run), scalars);
-  } else {
-    update_narrow<Codec, kAmsgrad>(run, state_of<T>(run), scalars);
-  }
-}
-
-template <bool kAmsgrad>
+template <class Param>
 void update_run(const fs_run& run) {
-  switch (run.param_format) {
-#define FS_UPDATE_FORMAT(identifier, tag, name, Codec) \
-  case identifier: return update_format<Codec, kAmsgrad>(run);
-    FS_FORMATS(FS_UPDATE_FORMAT)
-#undef FS_UPDATE_FORMAT
+  using T = typename Param::Compute;
+  const StepScalars<T>& scalars = *static_cast<const StepScalars<T>*>(run.scalars);
+  Tile<T> tile;
+  for (int64_t first = 0; first < run.count; first += kTile) {
+    const Place place = {run, first, run.count - first < kTile ? run.count - first : kTile};
+    Elements<T> elements = {};
+    elements.grad = stage_grad(place, tile.grad);
+    elements.weight = stage_weight<Param>(place, tile.weight);
+    stage_moments(place, tile, elements);
+    if (elements.max_exp_avg_sq != nullptr) {
+      update_tile<true>(elements, place.count, scalars);
+    } else {
+      update_tile<false>(elements, place.count, scalars);
+    }
+    store_moments(place, elements);
+    store_weight<Param>(place, elements.weight);
   }
 }
 
@@ -160,9 +302,10 @@ FS_NAMESPACE_END
 #define FS_ENTRY(isa) FS_JOIN(fs_update_run_, isa)
 
 extern "C" void FS_ENTRY(FS_ISA)(const fs_run* run) {
-  if (run->max_exp_avg_sq != nullptr) {
-    fused_sched::update_run<true>(*run);
-  } else {
-    fused_sched::update_run<false>(*run);
+  switch (run->param_format) {
+#define FS_CASE(identifier, tag, name, Codec) \
+  case fused_sched::identifier: return fused_sched::update_run<fused_sched::Codec>(*run);
+    FS_FORMATS(FS_CASE)
+#undef FS_CASE
   }
 }

@@ -1,0 +1,141 @@
+// Moments: how the two running averages are kept. A pair of codecs, one per moment; where codes share scales,
+// kGroup consecutive elements, in memory order, have one byte of scale per moment.
+//
+//   moments  bytes  exp_avg                            exp_avg_sq
+//   fp32     8      exact                              exact
+//   bf16     4      to nearest: <= 2^-9 |m|            stochastic: < 2^-8 v
+//   8bit     2.125  stochastic: < 2^-3 |m|, and        stochastic: < 2^-4 v, and
+//                   below the group's normal range     below the group's normal range < 2^-18 of the
+//                   < 2^-17 of the power of two        power of two that covers the group's largest v,
+//                   that covers its largest |m|        where a v > 0 stays at least that
+//
+// The second moment rounds stochastically because it moves by (1 - beta2) of itself per update, 0.001 where a
+// bf16 step is 0.004: to nearest, it would stay where it is. A second moment that is not zero never becomes
+// zero: the update divides by its root. (So its mean is exact only above the smallest code.)
+#pragma once
+
+#include "element.h"
+
+FS_NAMESPACE_BEGIN
+
+// What codes without a scale are given in its place.
+struct Unscaled {
+  FS_HD explicit Unscaled(uint8_t) {}
+};
+
+template <class T>
+struct Exact {
+  using Storage = T;
+  using Scale = Unscaled;
+  static FS_HD T decode(Storage stored, Scale) { return stored; }
+  static FS_HD Storage encode(T value, Scale, uint32_t) { return value; }
+};
+
+struct Bfloat16First {
+  using Storage = uint16_t;
+  using Scale = Unscaled;
+  static FS_HD float decode(Storage stored, Scale) { return Bfloat16::decode(stored); }
+  static FS_HD Storage encode(float value, Scale, uint32_t) { return round_to_even(value); }
+};
+
+struct Bfloat16Second {
+  using Storage = uint16_t;
+  using Scale = Unscaled;
+  static FS_HD float decode(Storage stored, Scale) { return Bfloat16::decode(stored); }
+  static FS_HD Storage encode(float value, Scale, uint32_t random) {
+    const uint16_t rounded = round_stochastically(value, random);
+    return rounded == 0 ? static_cast<Storage>(value > 0.0f) : rounded;
+  }
+};
+
+// The power of two that a group's codes count from.
+struct BinaryScale {
+  uint32_t base;          // bits of the float whose exponent is one below the smallest normal code's
+  float smallest_normal;  // code exponent 1, significand 1
+  FS_HD explicit BinaryScale(uint8_t scale)
+      : base(static_cast<uint32_t>(scale) << 23), smallest_normal(float_of(base + (1u << 23))) {}
+};
+
+// An 8-bit floating-point code in the manner of IEEE 754, computed with shifts: [sign,] 4 bits of exponent,
+// kMantissa bits of significand. Exponent 0 is subnormal, so that codes are evenly spaced down to zero and
+// stochastic rounding is unbiased there, too. The code of all ones is NaN, and what infinities become: an
+// infinite moment turns into NaN in the next update anyway (inf - inf).
+template <int kMantissa, bool kSigned>
+struct Float8 {
+  using Storage = uint8_t;
+  using Scale = BinaryScale;
+  static constexpr int kDropped = 23 - kMantissa;
+  static constexpr uint32_t kNan = (16u << kMantissa) - 1;
+
+  // The scale of a group whose largest finite magnitude has these bits. That magnitude, rounded up, is at most the
+  // code below kNan, so that nothing is clipped and the mean is exact at the top as well.
+  static FS_HD uint8_t scale_for(uint32_t largest) {
+    const uint32_t exponent = (largest + (2u << kDropped) - 1u) >> 23;
+    return static_cast<uint8_t>(exponent > 15u ? exponent - 15u : 0u);
+  }
+
+  static FS_HD float decode(Storage stored, Scale scale) {
+    const uint32_t code = kSigned ? stored & 0x7fu : stored;
+    const uint32_t bits = (code << kDropped) + scale.base;
+    const float subnormal = float_of(bits + (1u << 23)) - scale.smallest_normal;  // exact
+    const uint32_t magnitude = code < (1u << kMantissa) ? bits_of(subnormal) : bits;
+    const uint32_t sign = kSigned ? (static_cast<uint32_t>(stored) & 0x80u) << 24 : 0u;
+    return float_of(sign | (code == kNan ? 0x7fc00000u : magnitude));
+  }
+
+  // random: 16 uniform bits, placed so that they stand for the middle of the interval they leave open: the mean
+  // is exact to 2^-17 of a code's step.
+  static FS_HD Storage encode(float value, Scale scale, uint32_t random) {
+    constexpr int kBelow = kDropped - 16;
+    const uint32_t magnitude = bits_of(value) & kMagnitudeMask;
+    const uint32_t subnormal = bits_of(float_of(magnitude) + scale.smallest_normal) - bits_of(scale.smallest_normal);
+    const uint32_t position = magnitude < scale.base + (1u << 23) ? subnormal : magnitude - scale.base;
+    uint32_t code = (position + (random << kBelow) + (1u << (kBelow - 1))) >> kDropped;
+    if (!kSigned) code = code == 0u && magnitude != 0u ? 1u : code;
+    if (kSigned) code |= (bits_of(value) >> 24) & 0x80u;
+    return static_cast<Storage>(magnitude >= kInfinityBits ? kNan : code);  // processors disagree on a NaN's sign
+  }
+};
+
+// Of a group's elements, the largest magnitude that is finite, as bits: what scale_for is given.
+FS_HD uint32_t larger_finite(uint32_t largest, float value) {
+  const uint32_t magnitude = bits_of(value) & kMagnitudeMask;
+  const uint32_t finite = magnitude < kInfinityBits ? magnitude : 0u;
+  return finite > largest ? finite : largest;
+}
+
+// First<T>, Second<T>: codecs of moments that are computed as T. kGroup: elements per scale, 1 without scales.
+// kExact: nothing is rounded, and nothing drawn.
+struct MomentsFloat32 {
+  template <class T>
+  using First = Exact<T>;
+  template <class T>
+  using Second = Exact<T>;
+  static constexpr int kGroup = 1;
+  static constexpr bool kExact = true;
+};
+
+struct MomentsBfloat16 {
+  template <class T>
+  using First = Bfloat16First;
+  template <class T>
+  using Second = Bfloat16Second;
+  static constexpr int kGroup = 1;
+  static constexpr bool kExact = false;
+};
+
+// Groups of 16: one AVX-512 register of floats, one CUDA thread's 16-byte access of codes, and 1/16 byte of scale.
+struct Moments8bit {
+  template <class T>
+  using First = Float8<3, true>;
+  template <class T>
+  using Second = Float8<4, false>;
+  static constexpr int kGroup = 16;
+  static constexpr bool kExact = false;
+};
+
+// The two halves of random_bits(key, element).
+FS_HD uint32_t draw_of_first(uint32_t random) { return random >> 16; }
+FS_HD uint32_t draw_of_second(uint32_t random) { return random & 0xffffu; }
+
+FS_NAMESPACE_END
