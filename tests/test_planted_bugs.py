@@ -40,7 +40,6 @@ BUGS = {
         "",
         "",
     ),
-    "padding in the scale": (UPDATE, "if (i < count) {", "{", ""),
     "scale not stored": (INSTANCE, "    __stcs(at.exp_avg_scale, stored.exp_avg_scale);\n", "", ""),
     "random bits of the thread's first element": (
         UPDATE,

@@ -18,42 +18,48 @@
 
 FS_NAMESPACE_BEGIN
 
-// What codes without a scale are given in its place.
+// Every codec has: Storage, in memory; Code, the same in a register, which vectorised loops want as wide as a float;
+// decode and encode, from and to a Code. What codes without a scale are given in its place:
 struct Unscaled {
-  FS_HD explicit Unscaled(uint8_t) {}
+  FS_HD explicit Unscaled(uint32_t) {}
 };
 
 template <class T>
 struct Exact {
   using Storage = T;
+  using Code = T;
   using Scale = Unscaled;
-  static FS_HD T decode(Storage stored, Scale) { return stored; }
-  static FS_HD Storage encode(T value, Scale, uint32_t) { return value; }
+  static FS_HD T decode(Code code, Scale) { return code; }
+  static FS_HD Code encode(T value, Scale, uint32_t) { return value; }
 };
 
 struct Bfloat16First {
   using Storage = uint16_t;
+  using Code = uint32_t;
   using Scale = Unscaled;
-  static FS_HD float decode(Storage stored, Scale) { return Bfloat16::decode(stored); }
-  static FS_HD Storage encode(float value, Scale, uint32_t) { return round_to_even(value); }
+  static FS_HD float decode(Code code, Scale) { return float_of(code << 16); }
+  static FS_HD Code encode(float value, Scale, uint32_t) { return round_to_even(value); }
 };
 
 struct Bfloat16Second {
   using Storage = uint16_t;
+  using Code = uint32_t;
   using Scale = Unscaled;
-  static FS_HD float decode(Storage stored, Scale) { return Bfloat16::decode(stored); }
-  static FS_HD Storage encode(float value, Scale, uint32_t random) {
-    const uint16_t rounded = round_stochastically(value, random);
-    return rounded == 0 ? static_cast<Storage>(value > 0.0f) : rounded;
+  static FS_HD float decode(Code code, Scale) { return float_of(code << 16); }
+  static FS_HD Code encode(float value, Scale, uint32_t random) {
+    const uint32_t rounded = round_stochastically(value, random);
+    const uint32_t least = bits_of(value) != 0u ? 1u : 0u;
+    return rounded > least ? rounded : least;
   }
 };
+
+constexpr uint32_t kBinade = 1u << 23;  // from a float's bits to those of its double
 
 // The power of two that a group's codes count from.
 struct BinaryScale {
   uint32_t base;          // bits of the float whose exponent is one below the smallest normal code's
   float smallest_normal;  // code exponent 1, significand 1
-  FS_HD explicit BinaryScale(uint8_t scale)
-      : base(static_cast<uint32_t>(scale) << 23), smallest_normal(float_of(base + (1u << 23))) {}
+  FS_HD explicit BinaryScale(uint32_t scale) : base(scale << 23), smallest_normal(float_of(base + kBinade)) {}
 };
 
 // An 8-bit floating-point code in the manner of IEEE 754, computed with shifts: [sign,] 4 bits of exponent,
@@ -63,46 +69,53 @@ struct BinaryScale {
 template <int kMantissa, bool kSigned>
 struct Float8 {
   using Storage = uint8_t;
+  using Code = uint32_t;
   using Scale = BinaryScale;
   static constexpr int kDropped = 23 - kMantissa;
   static constexpr uint32_t kNan = (16u << kMantissa) - 1;
 
   // The scale of a group whose largest finite magnitude has these bits. That magnitude, rounded up, is at most the
   // code below kNan, so that nothing is clipped and the mean is exact at the top as well.
-  static FS_HD uint8_t scale_for(uint32_t largest) {
+  static FS_HD uint32_t scale_for(uint32_t largest) {
     const uint32_t exponent = (largest + (2u << kDropped) - 1u) >> 23;
-    return static_cast<uint8_t>(exponent > 15u ? exponent - 15u : 0u);
+    return exponent > 15u ? exponent - 15u : 0u;
   }
 
-  static FS_HD float decode(Storage stored, Scale scale) {
-    const uint32_t code = kSigned ? stored & 0x7fu : stored;
-    const uint32_t bits = (code << kDropped) + scale.base;
-    const float subnormal = float_of(bits + (1u << 23)) - scale.smallest_normal;  // exact
-    const uint32_t magnitude = code < (1u << kMantissa) ? bits_of(subnormal) : bits;
-    const uint32_t sign = kSigned ? (static_cast<uint32_t>(stored) & 0x80u) << 24 : 0u;
-    return float_of(sign | (code == kNan ? 0x7fc00000u : magnitude));
+  static FS_HD float decode(Code code, Scale scale) {
+    const uint32_t position = (kSigned ? code & 0x7fu : code) << kDropped;
+    const uint32_t bits = position + scale.base;
+    const float subnormal = float_of(bits + kBinade) - scale.smallest_normal;  // exact
+    const uint32_t magnitude = position < kBinade ? bits_of(subnormal) : bits;
+    const uint32_t sign = kSigned ? (code & 0x80u) << 24 : 0u;
+    return float_of(sign | (position == kNan << kDropped ? 0x7fc00000u : magnitude));
   }
 
   // random: 16 uniform bits, placed so that they stand for the middle of the interval they leave open: the mean
   // is exact to 2^-17 of a code's step.
-  static FS_HD Storage encode(float value, Scale scale, uint32_t random) {
+  static FS_HD Code encode(float value, Scale scale, uint32_t random) {
     constexpr int kBelow = kDropped - 16;
     const uint32_t magnitude = bits_of(value) & kMagnitudeMask;
-    const uint32_t subnormal = bits_of(float_of(magnitude) + scale.smallest_normal) - bits_of(scale.smallest_normal);
-    const uint32_t position = magnitude < scale.base + (1u << 23) ? subnormal : magnitude - scale.base;
+    const uint32_t smallest_normal = scale.base + kBinade;
+    const uint32_t subnormal = bits_of(float_of(magnitude) + scale.smallest_normal) - smallest_normal;
+    const uint32_t position = magnitude < smallest_normal ? subnormal : magnitude - scale.base;
     uint32_t code = (position + (random << kBelow) + (1u << (kBelow - 1))) >> kDropped;
-    if (!kSigned) code = code == 0u && magnitude != 0u ? 1u : code;
-    if (kSigned) code |= (bits_of(value) >> 24) & 0x80u;
-    return static_cast<Storage>(magnitude >= kInfinityBits ? kNan : code);  // processors disagree on a NaN's sign
+    if (kSigned) {
+      code |= (bits_of(value) >> 24) & 0x80u;
+    } else {
+      const uint32_t least = magnitude < 1u ? magnitude : 1u;
+      code = code > least ? code : least;
+    }
+    return magnitude < kInfinityBits ? code : kNan;  // without its sign, on which processors disagree
   }
 };
 
-// Of a group's elements, the largest magnitude that is finite, as bits: what scale_for is given.
-FS_HD uint32_t larger_finite(uint32_t largest, float value) {
+// The bits of a finite value's magnitude, else 0; scale_for is given the largest of a group.
+FS_HD uint32_t finite_magnitude(float value) {
   const uint32_t magnitude = bits_of(value) & kMagnitudeMask;
-  const uint32_t finite = magnitude < kInfinityBits ? magnitude : 0u;
-  return finite > largest ? finite : largest;
+  return magnitude < kInfinityBits ? magnitude : 0u;
 }
+
+FS_HD uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 // First<T>, Second<T>: codecs of moments that are computed as T. kGroup: elements per scale, 1 without scales.
 // kExact: nothing is rounded, and nothing drawn.

@@ -83,7 +83,7 @@ FS_DEVICE void update_chunk(Stored<Instance>& stored, const Elements<Instance>& 
 template <class Instance>
 FS_DEVICE void update_group(Stored<Instance>& stored, const Elements<Instance>& grad,
                             const StepScalars<typename Instance::Compute>& scalars, RandomKey key,
-                            uint32_t first_element, int count) {
+                            uint32_t first_element) {
   using First = typename Instance::First;
   using Second = typename Instance::Second;
   const typename First::Scale scale_of_first(stored.exp_avg_scale);
@@ -99,10 +99,9 @@ FS_DEVICE void update_group(Stored<Instance>& stored, const Elements<Instance>& 
     exp_avg_sq.element[i] = Second::decode(stored.exp_avg_sq.element[i], scale_of_second);
     update_moments<false>(decode_weight(stored, i), exp_avg.element[i], exp_avg_sq.element[i], unused, grad.element[i],
                           scalars);
-    if (i < count) {  // what lies past the end of the tensor has no say in the scale
-      largest_first = larger_finite(largest_first, exp_avg.element[i]);
-      largest_second = larger_finite(largest_second, exp_avg_sq.element[i]);
-    }
+    // Past the end of the tensor they are 0 or NaN, which have no say in the scale.
+    largest_first = larger(largest_first, finite_magnitude(exp_avg.element[i]));
+    largest_second = larger(largest_second, finite_magnitude(exp_avg_sq.element[i]));
   }
   stored.exp_avg_scale = First::scale_for(largest_first);
   stored.exp_avg_sq_scale = Second::scale_for(largest_second);
@@ -133,7 +132,7 @@ FS_DEVICE void update_elements(const UpdateTable& table, int tensor, int tile,
   const uint32_t first_element = static_cast<uint32_t>(at.first);
 
   if constexpr (Instance::kHasScales) {
-    update_group(stored, grad, scalars, key, first_element, at.count);
+    update_group(stored, grad, scalars, key, first_element);
   } else {
     update_chunk<Instance, 0>(stored, grad, scalars, key, first_element);
     if constexpr (Instance::kCount > Instance::kChunk) {
