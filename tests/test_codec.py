@@ -44,8 +44,8 @@ def finite_bfloat16(codes: npt.NDArray[np.uint16]) -> npt.NDArray[np.float64]:
 
 
 def test_split16_is_exact_for_all_bf16_values_and_remainders_at_the_edges() -> None:
-    """Every float but NaNs comes back bit for bit: zeros of both signs, subnormals, infinities, and the finite ones whose
-    parameter rounds to infinity."""
+    """Every float but NaNs comes back bit for bit: zeros of both signs, subnormals, infinities, and the finite ones
+    whose parameter rounds to infinity."""
     weight = at_every_upper_half()
     param, kept = core().encode_master("split16", weight, 0)
     back = core().decode_master("split16", param, kept)
@@ -68,7 +68,7 @@ def test_split16_of_all_remainders_of_some_values() -> None:
 
 
 def test_split8_error_bound_of_every_exponent() -> None:
-    """At most 2^-16 of the power of two below the weight (2^-142 for subnormals): half a unit of 16 significant bits."""
+    """At most 2^-16 of the power of two below the weight (2^-142 for subnormals): half a unit of 16 digits."""
     rng = np.random.default_rng(1)
     for exponent in range(255):
         upper = (rng.integers(0, 2) << 31) + (exponent << 23) + (int(rng.integers(0, 128)) << 16)
@@ -304,9 +304,14 @@ def test_torch_twin_of_moments() -> None:
             assert back is not None
             np.testing.assert_array_equal(back.numpy(), core().decode_8bit(name, code, scale))
         stored = codec.encode_moments("bf16", values, second, key)["exp_avg_sq"].view(torch.int16).numpy()
-        np.testing.assert_array_equal(stored.view(np.uint16), core().encode_second_bf16(second.numpy(), random & 0xFFFF))
+        np.testing.assert_array_equal(
+            stored.view(np.uint16), core().encode_second_bf16(second.numpy(), random & 0xFFFF)
+        )
 
 
 def test_torch_twin_of_random_bits_beyond_2_to_32_elements() -> None:
     key = codec.random_key(2**64 - 1, 2**53, 2**32 - 1)
-    assert codec.random_bits(key, 3, torch.device("cpu")).tolist() == core().random(2**64 - 1, 2**53, 2**32 - 1, 3).tolist()
+    assert (
+        codec.random_bits(key, 3, torch.device("cpu")).tolist()
+        == core().random(2**64 - 1, 2**53, 2**32 - 1, 3).tolist()
+    )

@@ -49,7 +49,7 @@ def test_only_the_entry_point_is_visible_to_the_linker(compiled: tuple[str, Path
 
 
 def test_no_library_function_is_called_per_element(compiled: tuple[str, Path]) -> None:
-    """In particular no fmaf: a call per element costs more than the update. memcpy and memset work on tails of tiles."""
+    """In particular no fmaf: a call per element costs more than the update. memcpy and memset work on tiles' tails."""
     isa, path = compiled
     undefined = {line.split()[-1] for line in run("nm", "--undefined-only", path).splitlines()}
     allowed = {"memcpy", "memset", "_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail"}

@@ -2,8 +2,8 @@
 // what it stores beside one, and how weight and storage become each other.
 //
 //   master      kept per element  exact value after rounding w                          |error| for normal w
-//   none        nothing           the parameter: to nearest, ties to even               <= 2^-9 |w| (bf16)
-//   stochastic  nothing           the parameter: unbiased                                < 2^-8 |w|
+//   none        nothing           the parameter: to nearest, ties to even               <= 2^-8 |w| (bf16)
+//   stochastic  nothing           the parameter: unbiased                                < 2^-7 |w|
 //   fp32        4 bytes           w                                                     0
 //   split16     2 bytes           w                                                     0
 //   split8      1 byte            w to 16 significant bits, ties away from zero         <= 2^-16 |w|

@@ -3,14 +3,14 @@
 //
 //   moments  bytes  exp_avg                            exp_avg_sq
 //   fp32     8      exact                              exact
-//   bf16     4      to nearest: <= 2^-9 |m|            stochastic: < 2^-8 v
+//   bf16     4      to nearest: <= 2^-8 |m|            stochastic: < 2^-7 v
 //   8bit     2.125  stochastic: < 2^-3 |m|, and        stochastic: < 2^-4 v, and
 //                   below the group's normal range     below the group's normal range < 2^-18 of the
 //                   < 2^-17 of the power of two        power of two that covers the group's largest v,
 //                   that covers its largest |m|        where a v > 0 stays at least that
 //
 // The second moment rounds stochastically because it moves by (1 - beta2) of itself per update, 0.001 where a
-// bf16 step is 0.004: to nearest, it would stay where it is. A second moment that is not zero never becomes
+// bf16 step is 0.004 to 0.008: to nearest, it would stay where it is. A second moment that is not zero never becomes
 // zero: the update divides by its root. (So its mean is exact only above the smallest code.)
 #pragma once
 
