@@ -17,11 +17,13 @@ from .reference import ReferenceEngine
 
 
 class Call(NamedTuple):
-    """What one call of step() updates: parameters, their gradients, and the index of each one's group."""
+    """What one call of step() updates: parameters, their gradients, the index of each one's group, and its place
+    among all parameters of the groups."""
 
     params: list[torch.Tensor]
     grads: list[torch.Tensor]
     groups: list[int]
+    ordinals: list[int]
 
 
 #: Functions that call step() only to make an optimizer allocate its state: (name, start of the module's name).
@@ -34,9 +36,10 @@ _DRY_RUNS = (
 class Devices:
     """Engines by device, and the call they are prepared for."""
 
-    def __init__(self, backend: str, clock: int) -> None:
+    def __init__(self, backend: str, clock: int, seed: int) -> None:
         backends.check_name(backend)
         self.backend = backend
+        self._seed = seed
         self.engines: dict[torch.device, Engine] = {}
         self._initial_clock = clock
         self._mirror = clock  # T as the host knows it
@@ -52,7 +55,8 @@ class Devices:
         engine = self.engines.get(device)
         if engine is None:
             backend = backends.select(self.backend, device)
-            engine = ReferenceEngine(backend, device) if backend.module is None else CompiledEngine(backend, device)
+            engine_type = ReferenceEngine if backend.module is None else CompiledEngine
+            engine = engine_type(backend, device, self._seed)
             engine.write_clock(self.read_clock())
             self.engines[device] = engine
         return engine
@@ -90,7 +94,7 @@ class Devices:
             )
         self.allocate(state, call, options)
         self._drop_engines_without_parameters(options)
-        works = [Work(p, g, i, state[p].entry) for p, g, i in zip(*call, strict=True)]
+        works = [Work(p, g, group, state[p].entry, ordinal) for p, g, group, ordinal in zip(*call, strict=True)]
         self._routes = []
         # Also those without a tensor in this call: their clocks tick with the others.
         for device, engine in self.engines.items():
@@ -174,7 +178,7 @@ class Devices:
 def _key(call: Call, options: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
     """What must be equal for a prepared call to serve again; the tensors are looked at apart."""
     layout_options = [(o["master"], o["moments"], o["amsgrad"]) for o in options]
-    return [id(p) for p in call.params], call.groups, layout_options
+    return [id(p) for p in call.params], call.groups, call.ordinals, layout_options
 
 
 def called_for_allocation() -> bool:
