@@ -86,6 +86,10 @@ def _fill_moments(layout: Layout, targets: Mapping[str, torch.Tensor], source: M
                 targets[name].copy_(source[name])
         return
     values = {name: _moment(name, layout, source) for name in ("exp_avg", "exp_avg_sq")}
+    if all(value is None for value in values.values()):
+        for name in names:
+            targets[name].zero_()  # codes of zero, too
+        return
     if layout.moments == "fp32":
         for name, value in values.items():
             if source.get(name) is not targets[name]:
