@@ -22,9 +22,12 @@ class _Staircase(TimmSchedule, abstract=True):
     def check_arguments(self) -> None:
         self.make_plain("decay_rate")
 
-    def odd_decay(self) -> str | None:
+    def negative_decay(self) -> str | None:
         if self.decay_rate < 0.0:
             return f"with decay_rate={self.decay_rate!r} every other step has a negative rate; pass 0.0 or more"
+        return None
+
+    def odd_decay(self) -> str | None:
         if self.decay_rate > 1.0:
             return f"with decay_rate={self.decay_rate!r} the rate grows at every step; pass 1.0 or less"
         return None

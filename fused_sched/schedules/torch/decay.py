@@ -50,6 +50,9 @@ class StepLR(Chainable):
     def failure_restarted(self) -> Failure | None:
         return Failure(0, "ZeroDivisionError", "use step_size >= 1") if self.step_size == 0 else None
 
+    def negative_rate(self) -> str | None:
+        return _changes_sign(self.gamma, "stair") if self.gamma < 0.0 and self.step_size else None
+
     def oddity(self) -> str | None:
         if self.step_size == 0 or self._stair_steps == self.step_size:
             return None
@@ -89,6 +92,10 @@ class MultiStepLR(Chainable):
         milestones = (checks.duration(self.word, f"milestones[{i}]", m) for i, m in enumerate(self.milestones))
         set_fields(self, milestones=tuple(milestones))
         super().check()
+
+    def negative_rate(self) -> str | None:
+        turns = self.gamma < 0.0 and any(is_reached(m, first=0) for m in self.milestones)
+        return _changes_sign(self.gamma, "milestone") if turns else None
 
     def oddity(self) -> str | None:
         missed = [m for m in self.milestones if not is_reached(m, first=0)]
@@ -225,10 +232,8 @@ class ExponentialLR(Chainable):
     def repeats_epoch_zero(self) -> bool:
         return self.gamma == 1.0
 
-    def oddity(self) -> str | None:
-        if self.gamma >= 0.0:
-            return None
-        return f"gamma={self.gamma!r} changes the rate's sign at every update; use a gamma above 0"
+    def negative_rate(self) -> str | None:
+        return _changes_sign(self.gamma, "update") if self.gamma < 0.0 else None
 
     def lower_from(self, base_lr: float) -> Tree:
         return geometric(base_lr, self.gamma)
@@ -281,6 +286,10 @@ class PolynomialLR(Chainable):
 
     def lower_restarted(self) -> Tree:
         return flat(self.base_lr * 0.0**self.power) if self.total_iters < 0 else self.lower()
+
+
+def _changes_sign(gamma: float, where: str) -> str:
+    return f"the rate turns negative: gamma={gamma!r} changes its sign at every {where}; use a gamma above 0"
 
 
 def _check_fraction(word: str, name: str, value: float) -> None:

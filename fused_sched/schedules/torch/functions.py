@@ -47,7 +47,7 @@ class LambdaLR(TorchSchedule):
         assert isinstance(self.lr_lambda, tuple)
         return self.lr_lambda
 
-    def oddity(self) -> str | None:
+    def negative_rate(self) -> str | None:
         return _turns_negative(self.factors, self.base_lr)
 
     def lower(self) -> Tree:
@@ -88,7 +88,7 @@ class MultiplicativeLR(Chainable):
     def repeats_epoch_zero(self) -> bool:
         return False
 
-    def oddity(self) -> str | None:
+    def negative_rate(self) -> str | None:
         return _turns_negative(self._products(1.0), self.base_lr)
 
     def lower_from(self, base_lr: float) -> Tree:
