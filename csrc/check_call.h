@@ -10,6 +10,9 @@ namespace fused_sched {
 constexpr const char* kFormatNames[] = {FS_FORMATS(FS_NAME)};
 constexpr const char* kMasterNames[] = {FS_MASTERS(FS_NAME)};
 #undef FS_NAME
+#define FS_STORED_BYTES(identifier, tag, name, Codec) sizeof(Codec::Storage),
+constexpr int64_t kBytesPerElement[] = {FS_FORMATS(FS_STORED_BYTES)};
+#undef FS_STORED_BYTES
 constexpr int kNumFormats = sizeof(kFormatNames) / sizeof(kFormatNames[0]);
 constexpr int kNumMasters = sizeof(kMasterNames) / sizeof(kMasterNames[0]);
 
@@ -59,6 +62,11 @@ inline void check_placement(const fs_call& call, int64_t index) {
   if (tensor.numel < 0 || tensor.numel >= kMaxElements) {
     fail("tensor %lld: numel must be in [0, 2^39), got %lld", i, static_cast<long long>(tensor.numel));
   }
+}
+
+inline void check_norm(const fs_call& call) {
+  if (call.norm == nullptr) fail("the norm was asked for, but `norm` is null");
+  if (call.chunk_sums == nullptr && call.num_tensors > 0) fail("the norm needs memory in `chunk_sums`, got null");
 }
 
 template <class Supported>

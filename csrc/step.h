@@ -5,6 +5,8 @@
 #include <stdint.h>
 
 #include "core/clock.h"
+#include "core/history.h"
+#include "core/norm.h"
 
 extern "C" {
 
@@ -50,6 +52,10 @@ struct fs_call {
   fused_sched::ScalarSlot* scalars;  // num_tensors
   const float* found_inf;            // null: none
   const float* grad_scale;           // null: none
+  fused_sched::NormState* norm;      // null: gradients are neither clipped nor checked
+  fused_sched::SquareSum* chunk_sums;  // scratch for fs_norm, num_norm_chunks(call)
+  fused_sched::History* history;     // null: nothing is recorded
+  int32_t norm_is_reduced;           // norm->squares is replaced between fs_norm and fs_clock
   int32_t tick;
   int32_t device;
   uint64_t stream;
@@ -59,6 +65,9 @@ struct fs_call {
 
 // Each returns 0, or non-zero after writing what failed, where, and CUDA's name for it into `error`.
 enum { kErrorSize = 512 };
+// With `norm`: sums the squares of all gradients, and unless they are to be reduced goes on to what fs_clock does. A
+// step is fs_norm (then fs_clock, if norm_is_reduced) or without `norm` fs_clock, then fs_update.
+int fs_norm(fs_call* call, char* error);
 int fs_clock(fs_call* call, char* error);
 int fs_update(fs_call* call, char* error);
 int fs_device_count(int* count, char* error);
