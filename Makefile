@@ -1,4 +1,4 @@
-# make demo | test | lint | format | build | wheel | clean
+# make demo | test | lint | format | docs | build | wheel | clean
 #
 # On a fresh machine with Python >= 3.10 and g++, `make demo` and `make test` do all the set-up, in $(VENV).
 # Nothing here compares file times of sources: ninja does that, in about a second.
@@ -22,7 +22,7 @@ QUIET = sh -c 'what=$$1; shift; log=$$(mktemp); echo "  $$what"; \
 	if "$$@" >$$log 2>&1; then grep "^fused_sched:" $$log; rm -f $$log; \
 	else cat $$log; rm -f $$log; echo "make: failed to $$what" >&2; exit 1; fi; true' --
 
-.PHONY: demo test lint format build wheel clean
+.PHONY: demo test lint format docs build wheel clean
 
 demo: build
 	@$(PY) examples/digits.py
@@ -41,6 +41,10 @@ format: $(STAMPS)/dev
 	@$(PY) -m ruff check --fix-only --quiet .
 	@$(PY) -m ruff format --quiet .
 	@$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+# docs/schedules.md and the pictures of schedules, from the code.
+docs: build
+	@$(PY) docs/make_schedules.py
 
 build: $(STAMPS)/installed
 	@$(QUIET) 'build' $(PY) setup.py -q build_ext --inplace

@@ -84,6 +84,19 @@ py::dict layouts() {
                           FS_FIELD(History, num_groups), FS_FIELD(History, count), FS_FIELD(History, row));
   all["arena"] = layout(sizeof(fs_arena));
   all["scalars"] = layout(sizeof(ScalarSlot));
+  all["metric_rule"] =
+      layout(sizeof(MetricRule), FS_FIELD(MetricRule, kind), FS_FIELD(MetricRule, maximize),
+             FS_FIELD(MetricRule, relative), FS_FIELD(MetricRule, window), FS_FIELD(MetricRule, base_lr),
+             FS_FIELD(MetricRule, factor), FS_FIELD(MetricRule, patience), FS_FIELD(MetricRule, threshold),
+             FS_FIELD(MetricRule, cooldown), FS_FIELD(MetricRule, warmup), FS_FIELD(MetricRule, min_lr),
+             FS_FIELD(MetricRule, max_lr), FS_FIELD(MetricRule, eps), FS_FIELD(MetricRule, reset_start));
+  all["plateau_state"] = layout(sizeof(PlateauState), FS_FIELD(PlateauState, lr), FS_FIELD(PlateauState, best),
+                                FS_FIELD(PlateauState, num_bad), FS_FIELD(PlateauState, cooldown_left));
+  all["greedy_state"] =
+      layout(sizeof(GreedyState), FS_FIELD(GreedyState, lr), FS_FIELD(GreedyState, best),
+             FS_FIELD(GreedyState, num_bad), FS_FIELD(GreedyState, cooldown_left), FS_FIELD(GreedyState, num_good),
+             FS_FIELD(GreedyState, warmup_left), FS_FIELD(GreedyState, resets_left), FS_FIELD(GreedyState, window_sum),
+             FS_FIELD(GreedyState, window_length), FS_FIELD(GreedyState, window_oldest));
   return all;
 }
 
@@ -111,6 +124,23 @@ void evaluate_program(const py::bytes& program, uint64_t steps, uint64_t values,
   py::gil_scoped_release release;
   const DefaultFloatEnvironment environment;
   for (int64_t i = 0; i < count; ++i) out[i] = evaluate(reinterpret_cast<const unsigned char*>(bytes), in[i]);
+}
+
+// metrics and rates: addresses of count doubles. Advances the state; rate i is the one before metric i is reported.
+void replay_metrics(const py::bytes& rule, uint64_t state, uint64_t metrics, uint64_t rates, int64_t count) {
+  const std::string bytes = rule;
+  MetricRecord record;
+  if (bytes.size() != sizeof record.rule) throw py::value_error("a metric rule has another size than this build reads");
+  memcpy(&record.rule, bytes.data(), sizeof record.rule);
+  record.state = state;
+  const double* in = reinterpret_cast<const double*>(metrics);
+  double* out = reinterpret_cast<double*>(rates);
+  py::gil_scoped_release release;
+  const DefaultFloatEnvironment environment;
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = *reinterpret_cast<const double*>(state);
+    report_metric(record, in[i]);
+  }
 }
 
 }  // namespace
@@ -158,12 +188,22 @@ PYBIND11_MODULE(FS_MODULE, module) {
       return status != 0 ? status : fs_update(&call, error);
     });
   });
+  module.def(
+      "report_metric",
+      [](uint64_t metric, uint64_t records, int64_t num_records, int device, uint64_t stream) {
+        const fs_report report = {reinterpret_cast<const double*>(metric),
+                                  reinterpret_cast<const MetricRecord*>(records), num_records, stream, device};
+        run([&](char* error) { return fs_report_metric(&report, error); });
+      },
+      py::arg("metric"), py::arg("records"), py::arg("num_records"), py::arg("device"), py::arg("stream"));
   module.def("device_count", [] {
     int count = 0;
     run([&](char* error) { return fs_device_count(&count, error); });
     return count;
   });
   module.def("evaluate", &evaluate_program, py::arg("program"), py::arg("steps"), py::arg("values"), py::arg("count"));
+  module.def("replay_metrics", &replay_metrics, py::arg("rule"), py::arg("state"), py::arg("metrics"), py::arg("rates"),
+             py::arg("count"));
 
 #define FS_EXPORT(identifier, tag, name, ...) table[name] = tag;
   py::dict table;
@@ -181,6 +221,9 @@ PYBIND11_MODULE(FS_MODULE, module) {
   table = py::dict();
   FS_NODE_KINDS(FS_EXPORT)
   module.attr("NODE_KINDS") = table;
+  table = py::dict();
+  FS_METRIC_RULES(FS_EXPORT)
+  module.attr("METRIC_RULES") = table;
 #undef FS_EXPORT
   module.attr("LAYOUTS") = layouts();
   module.attr("HISTORY_LENGTH") = static_cast<int>(kHistoryLength);

@@ -1,11 +1,12 @@
 // The C ABI between the binding and a backend: plain data, raw addresses, a raw stream. `_cpu` and `_cuda`
-// implement the same three functions, so that one binding serves both.
+// implement the same functions, so that one binding serves both.
 #pragma once
 
 #include <stdint.h>
 
 #include "core/clock.h"
 #include "core/history.h"
+#include "core/metric.h"
 #include "core/norm.h"
 
 extern "C" {
@@ -52,15 +53,24 @@ struct fs_call {
   fused_sched::ScalarSlot* scalars;  // num_tensors
   const float* found_inf;            // null: none
   const float* grad_scale;           // null: none
-  fused_sched::NormState* norm;      // null: gradients are neither clipped nor checked
-  fused_sched::SquareSum* chunk_sums;  // scratch for fs_norm, num_norm_chunks(call)
-  fused_sched::History* history;     // null: nothing is recorded
-  int32_t norm_is_reduced;           // norm->squares is replaced between fs_norm and fs_clock
+  fused_sched::NormState* norm;        // null: gradients are neither clipped nor checked
+  fused_sched::SquareSum* chunk_sums;  // scratch of fs_norm: num_norm_chunks(call)
+  fused_sched::History* history;       // null: nothing is recorded
+  int32_t norm_is_reduced;             // norm->squares is replaced between fs_norm and fs_clock
   int32_t tick;
   int32_t device;
   uint64_t stream;
   int32_t num_threads;  // CPU only
   int32_t launches;     // out: kernels or parallel loops started
+};
+
+// One report of a metric to the rates that depend on it. All memory is the device's.
+struct fs_report {
+  const double* metric;
+  const fused_sched::MetricRecord* records;
+  int64_t num_records;
+  uint64_t stream;
+  int32_t device;
 };
 
 // Each returns 0, or non-zero after writing what failed, where, and CUDA's name for it into `error`.
@@ -70,5 +80,6 @@ enum { kErrorSize = 512 };
 int fs_norm(fs_call* call, char* error);
 int fs_clock(fs_call* call, char* error);
 int fs_update(fs_call* call, char* error);
+int fs_report_metric(const fs_report* report, char* error);
 int fs_device_count(int* count, char* error);
 }

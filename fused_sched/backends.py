@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import arena, precision
+from . import arena, metric_rule, precision
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def _check_tables(name: str, module: ModuleType) -> None:
                 f"fused_sched backend {name!r} and this package disagree on {table}: built {sorted(built)}, "
                 f"expected {sorted(names)}; rebuild the package"
             )
+    metric_rule.check_module(module)
     record_bytes, record_fields = module.LAYOUTS["step_record"]
     offsets = {field: offset for field, _, offset in record_fields}
     same_record = record_bytes == arena.STEP_RECORD_BYTES and offsets == arena.STEP_RECORD_OFFSETS

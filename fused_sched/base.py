@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from . import state as states
 from .clock import TickRule
 from .devices import Devices
+from .engine import Engine
 from .groups import GroupRecord, GroupTable
 from .hyperparameters import GroupSettings
 from .scheduler import SECOND_SCHEDULER, ObservingScheduler
@@ -118,12 +119,18 @@ class OptimizerBase(Optimizer):
             >>> opt.lr_tensor
             tensor([nan], dtype=torch.float64)
         """
+        known = self._devices.first
+        engine = self._first_engine()
+        if known is None:
+            self.push_hyperparameters()
+        return engine.lr_tensor
+
+    def _first_engine(self) -> Engine:
+        """The engine of the first parameter's device, made when nothing was stepped yet."""
         if self._devices.first is None:
             params = (p for record in self._records for p in record.group["params"])
-            self._devices.engine(next((p.device for p in params), torch.device("cpu")))
-            self.push_hyperparameters()
-        assert self._devices.first is not None
-        return self._devices.first.lr_tensor
+            return self._devices.engine(next((p.device for p in params), torch.device("cpu")))
+        return self._devices.first
 
     def scheduler(self) -> ObservingScheduler:
         """A handle for frameworks that want an LRScheduler: it observes, never drives.
@@ -188,6 +195,7 @@ class OptimizerBase(Optimizer):
             "param_groups": self.param_groups,
             "_options": self._options,
             "_groups": [(record.group, record.schedules) for record in self._records],
+            "_metric_states": [record.machine.export() if record.machine else None for record in self._records],
             "_grad_divisor": self._grad_divisor,
             "_seed": self._seed,
             "_backend": self._devices.backend,
@@ -196,13 +204,16 @@ class OptimizerBase(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        groups = state.pop("_groups", None)
+        groups, metric_states = state.pop("_groups", None), state.pop("_metric_states", ())
         backend, clock = state.pop("_backend", "auto"), state.pop("_clock", 0)
         if groups is not None:
             self._reset_runtime(backend, clock)
             self._resumed = clock > 0
             for group, schedules in groups:
                 self._records.add(group, schedules)
+            for record, metric_state in zip(self._records, metric_states, strict=True):
+                if record.machine is not None:
+                    record.machine.restore(metric_state)
         if "state" in state:
             state["state"] = states.StateMap(state["state"])
         super().__setstate__(state)

@@ -28,6 +28,7 @@ _LIVE_WINS = (
     "clock",
     "clock_step",
     "schedules",
+    "metric_state",
     *hyperparameters.TORCH_ONLY,
 )
 
@@ -50,6 +51,8 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
             if name not in record.schedules:
                 group[f"{name}_reference"] = group[name]  # a ratio of 1, whoever wrote the option
         group |= {"clock": clock, "clock_step": clock_step}
+        if record.machine is not None:
+            group["metric_state"] = record.machine.export()
         if not portable:
             group["schedules"] = {name: schedule.to_dict() for name, schedule in record.schedules.items()}
         groups.append({**group, "params": [numbers[id(param)] for param in params]})
@@ -107,6 +110,7 @@ def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
     for record, merged, saved in zip(records, options, saved_groups, strict=True):
         _warn_about_schedules(record, saved)
         _apply_options(record.group, merged)
+        _take_metric_state(record, saved)
     with torch.no_grad():
         _take_state(optimizer, params, keys, sources)
     for key in saved_state.keys() - set(keys):
@@ -189,6 +193,16 @@ def _warn_about_schedules(record: GroupRecord, saved: dict[str, Any]) -> None:
                 f"the checkpoint was trained with another schedule for {name}; this optimizer's own is used: "
                 f"{schedule!r}"
             )
+
+
+def _take_metric_state(record: GroupRecord, saved: dict[str, Any]) -> None:
+    """A rate that follows metrics goes on as it was saved, or afresh: from another optimizer's checkpoint silently."""
+    if record.machine is not None and not record.machine.restore(saved.get("metric_state")):
+        record.machine.restore(None)
+        warn_schedule(
+            "the checkpoint's rate followed metrics by other rules, and its state is of no use to this optimizer's "
+            f"schedule, which starts over: {record.schedules['lr']!r}"
+        )
 
 
 def _saved_clock(saved_groups: list[dict[str, Any]], largest_step: int) -> int:

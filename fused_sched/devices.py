@@ -103,7 +103,7 @@ class Devices:
         """The model moved to another device: what stayed behind would be asked for the clock first."""
         used = {p.device for o in options for p in o["params"]}
         for device in [d for d in self.engines if used and d not in used]:
-            del self.engines[device]
+            self.engines.pop(device).release()
 
     def push(self, settings: Sequence[GroupSettings], lr_tensors: Sequence[torch.Tensor | None]) -> None:
         for engine in self.engines.values():
@@ -117,6 +117,17 @@ class Devices:
         self._mirror += tick
         self._last_index = self._mirror - 1
         self._mirror_is_exact &= found_inf is None and not self._captured
+
+    def report(self, metric: torch.Tensor | float) -> None:
+        """Advance every rate that follows metrics, on every device; nothing has been changed when this raises."""
+        for device in filter(is_capturing, self.engines):
+            if not isinstance(metric, torch.Tensor) or metric.device != device:
+                raise RuntimeError(
+                    "the capture of a CUDA graph would record the metric's value for all replays; report a tensor on "
+                    f"{device} while capturing"
+                )
+        for engine in self.engines.values():
+            engine.report(metric)
 
     def read_clock(self) -> int:
         """T, exact; waits for the first device."""
@@ -140,12 +151,13 @@ class Devices:
     def used_rates(self, sync: bool, settings: Sequence[GroupSettings]) -> list[float]:
         """The latest step's rate of each group; NaN where there was none, shorter where groups are new.
 
-        settings: of the latest step. Waits for a CUDA device only as `peek_clock` does, or for a tensor's value.
+        settings: of the latest step. Waits for a CUDA device only as `peek_clock` does, or for a rate that only the
+        device knows.
         """
         if self.first is None:
             return []
         on_device = sync or self.first.device.type != "cuda" or not self._mirror_is_exact
-        if on_device or any(group.lr.tensor_dtype is not None for group in settings):
+        if on_device or any(group.lr.only_on_device for group in settings):
             rates: list[float] = self.first.lr_tensor.tolist()
             return rates
         if self._last_index is None:

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from . import packing, precision
+from . import metric_rule, packing, precision
 from .backends import Backend
 from .hyperparameters import SCHEDULABLE, GroupSettings, Source
 from .packing import Plan, Work
@@ -32,6 +32,12 @@ class Engine(Protocol):
 
     def step(self, tick: bool, found_inf: torch.Tensor | None = None, grad_scale: torch.Tensor | None = None) -> None:
         """Apply the prepared call."""
+
+    def report(self, metric: torch.Tensor | float) -> None:
+        """Advance the rates that follow metrics by one report."""
+
+    def release(self) -> None:
+        """The device will not be used again."""
 
     def forget_rates(self) -> None:
         """No rate was used yet."""
@@ -70,6 +76,8 @@ class CompiledEngine:
         self._values = torch.zeros(0, layouts["values"].itemsize // 8, dtype=torch.float64, device=device)
         self._groups = torch.zeros(0, dtype=torch.uint8, device=device)
         self._programs: dict[bytes, torch.Tensor] = {}
+        self._machines = torch.zeros(0, dtype=torch.uint8, device=device)  # a record per group, once one has a machine
+        self._metric = torch.zeros((), dtype=torch.float64, device=device)
         self._scalars = torch.zeros(0, dtype=torch.uint8, device=device)
         # Buffers that grew: a graph captured before still reads and writes the memory it was captured with.
         self._retired: list[torch.Tensor] = []
@@ -116,6 +124,7 @@ class CompiledEngine:
             self._retired.append(self._groups)
             self._groups = torch.zeros(2 * records.nbytes, dtype=torch.uint8, device=self.device)
         self._groups[: records.nbytes].copy_(self._to_device(records.tobytes()), non_blocking=True)
+        self._push_machines(settings)
         self._call.groups = self._groups.data_ptr()
         self._call.values = self._values.data_ptr()
         self._call.num_groups = len(settings)
@@ -136,11 +145,27 @@ class CompiledEngine:
                 known = self._programs.get(program)
                 programs[program] = self._to_device(program) if known is None else known
             record[f"{name}.program"] = programs[program].data_ptr()
+        elif source.machine is not None:
+            record[f"{name}.tensor"] = source.machine.on(self.device).data_ptr()
+            record[f"{name}.tensor_format"] = self._module.FORMATS["fp64"]
         elif source.tensor_dtype is not None:
             assert lr_tensor is not None
             tensor = self._on_device(lr_tensor)
             record[f"{name}.tensor"] = tensor.data_ptr()
             record[f"{name}.tensor_format"] = self._module.FORMATS[precision.FORMATS[tensor.dtype]]
+
+    def _push_machines(self, settings: Sequence[GroupSettings]) -> None:
+        machines = [group.lr.machine for group in settings]
+        if not self._machines.numel() and not any(machines):
+            return
+        # One record per group, written in place: a captured report follows, too.
+        records = metric_rule.pack_records(
+            None if machine is None else (machine.rule, machine.on(self.device).data_ptr()) for machine in machines
+        )
+        if self._machines.numel() < len(records):
+            self._retired.append(self._machines)
+            self._machines = torch.zeros(2 * len(records), dtype=torch.uint8, device=self.device)
+        self._machines[: len(records)].copy_(self._to_device(records), non_blocking=True)
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device == self.device:
@@ -198,6 +223,25 @@ class CompiledEngine:
         scalar = scalar.detach().to(device=self.device, dtype=torch.float32, non_blocking=non_blocking)
         self._inputs.append(scalar)  # alive until the next call
         return scalar.data_ptr()
+
+    def report(self, metric: torch.Tensor | float) -> None:
+        if isinstance(metric, torch.Tensor):
+            self._metric.copy_(metric.reshape(()), non_blocking=self.device.type != "cpu")
+        else:
+            self._metric.fill_(metric)
+        device, stream = self._call.device, 0
+        arguments = (self._metric.data_ptr(), self._machines.data_ptr(), len(self._pushed), device)
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+            with torch.cuda.device(self.device):
+                self._module.report_metric(*arguments, stream)
+        else:
+            self._module.report_metric(*arguments, stream)
+
+    def release(self) -> None:
+        for group in self._pushed:
+            if group.lr.machine is not None:
+                group.lr.machine.forget(self.device)
 
     def forget_rates(self) -> None:
         self._values.fill_(math.nan)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .hyperparameters import GroupSettings, read_group
+from .machine import Machine
 from .schedules import Schedule
+from .schedules.metric import MetricSchedule
 
 #: Options whose values decide a group's settings.
 _READ = ("lr", "lr_reference", "betas", "eps", "weight_decay", "weight_decay_reference", "decoupled_weight_decay",
@@ -22,15 +24,24 @@ class GroupRecord:
 
     group: dict[str, Any]
     schedules: dict[str, Schedule]
+    machine: Machine | None = field(default=None, init=False)  # where the lr follows metrics
     _read_from: tuple[Any, ...] | None = None
     _settings: GroupSettings | None = None
+
+    def __post_init__(self) -> None:
+        self.start_machine()
+
+    def start_machine(self) -> None:
+        """The lr has a new schedule: one that follows metrics has had no report yet."""
+        lr = self.schedules.get("lr")
+        self.machine = Machine(lr) if isinstance(lr, MetricSchedule) else None
 
     def settings(self, grad_divisor: float) -> GroupSettings:
         """The group's settings as of now; raises where they are unusable."""
         # A tensor's address may change behind an unchanged object, so it is never taken from the cache.
-        options = (*map(self.group.get, _READ), self.schedules, grad_divisor)
+        options = (*map(self.group.get, _READ), self.schedules, self.machine, grad_divisor)
         if self._settings is None or isinstance(options[0], torch.Tensor) or options != self._read_from:
-            self._settings = read_group(self.group, self.schedules, grad_divisor)
+            self._settings = read_group(self.group, self.schedules, self.machine, grad_divisor)
             self._read_from = options
         return self._settings
 

@@ -12,8 +12,10 @@ import torch
 
 from . import landmarks, precision
 from ._warnings import warn_schedule
+from .machine import Machine
 from .schedules import Schedule
 from .schedules.library import LibrarySchedule
+from .schedules.metric import MetricSchedule
 
 #: Hyperparameters that a Schedule may drive.
 SCHEDULABLE = ("lr", "beta1", "beta2", "weight_decay")
@@ -46,12 +48,17 @@ _PLANNED = {
 
 
 class Source(NamedTuple):
-    """Where a hyperparameter's value comes from: scale, times a device tensor or a schedule where one is set."""
+    """Where a hyperparameter's value comes from: scale, times a schedule, a device tensor or a machine's rate."""
 
     scale: float
     schedule: Schedule | None = None
     tensor_address: int = 0
     tensor_dtype: torch.dtype | None = None
+    machine: Machine | None = None
+
+    @property
+    def only_on_device(self) -> bool:
+        return self.tensor_dtype is not None or self.machine is not None
 
     def value(self, step: int, tensor: torch.Tensor | None) -> float:
         """The value at an index of the schedule clock, as the device computes it; reads a tensor back."""
@@ -60,7 +67,7 @@ class Source(NamedTuple):
         if self.tensor_dtype is not None:
             assert tensor is not None
             return self.scale * float(tensor.item())
-        return self.scale
+        return self.scale if self.machine is None else self.scale * self.machine.rate()
 
 
 class GroupSettings(NamedTuple):
@@ -122,6 +129,12 @@ def split_options(options: dict[str, Any]) -> dict[str, Schedule]:
 
 def check_schedule(name: str, schedule: Schedule) -> None:
     """Raise if a schedule cannot drive this hyperparameter; warn of a learning rate that turns negative."""
+    if isinstance(schedule, MetricSchedule):
+        if name != "lr":
+            raise ValueError(
+                f"{name} cannot follow metrics, got {schedule!r}; only lr can, pass a number or a Schedule"
+            )
+        return
     steps = np.union1d(_PROBES, sorted(landmarks.extremes(schedule.tree)))
     values = schedule(steps)
     if name in ("beta1", "beta2"):
@@ -198,12 +211,14 @@ def check_grad_divisor(got: Any) -> float:
     return value
 
 
-def read_group(group: Mapping[str, Any], schedules: Mapping[str, Schedule], grad_divisor: float) -> GroupSettings:
+def read_group(
+    group: Mapping[str, Any], schedules: Mapping[str, Schedule], machine: Machine | None, grad_divisor: float
+) -> GroupSettings:
     """A group's settings as of now; raises where they are unusable."""
     check_options(group)
     betas = group["betas"]
     return GroupSettings(
-        lr=_source("lr", group, schedules),
+        lr=_source("lr", group, schedules, machine),
         beta1=_beta_source("beta1", betas[0], schedules),
         beta2=_beta_source("beta2", betas[1], schedules),
         weight_decay=_source("weight_decay", group, schedules),
@@ -214,7 +229,9 @@ def read_group(group: Mapping[str, Any], schedules: Mapping[str, Schedule], grad
     )
 
 
-def _source(name: str, group: Mapping[str, Any], schedules: Mapping[str, Schedule]) -> Source:
+def _source(
+    name: str, group: Mapping[str, Any], schedules: Mapping[str, Schedule], machine: Machine | None = None
+) -> Source:
     value = group[name]
     schedule = schedules.get(name)
     if schedule is None:
@@ -228,7 +245,8 @@ def _source(name: str, group: Mapping[str, Any], schedules: Mapping[str, Schedul
                 f"drive the rate with set_schedule(...) or without a Schedule"
             )
         value = value.item()
-    return Source(_ratio(name, float(value), group[f"{name}_reference"]), schedule)
+    ratio = _ratio(name, float(value), group[f"{name}_reference"])
+    return Source(ratio, schedule) if machine is None else Source(ratio, machine=machine)
 
 
 def _ratio(name: str, value: float, reference: float) -> float:

@@ -12,6 +12,7 @@ from . import state as states
 from .base import NO_CLOCK, OptimizerBase
 from .devices import Call, called_for_allocation
 from .hyperparameters import SCHEDULABLE
+from .machine import check_metric
 from .scheduler import SECOND_SCHEDULER, refuse_second_scheduler
 from .schedules import Schedule
 
@@ -220,7 +221,8 @@ class FusedScheduledAdam(OptimizerBase):
 
         A rate's companions (`schedule.companions`: the momentum of a one-cycle policy, for instance) are set with it,
         and stay until they are set themselves. A factor applied to `group["lr"]` stays when one schedule follows
-        another. Raises IndexError, ValueError or TypeError before anything changes.
+        another; one that follows metrics starts over. Raises IndexError, ValueError or TypeError before anything
+        changes.
 
         Example:
             >>> import torch
@@ -253,7 +255,45 @@ class FusedScheduledAdam(OptimizerBase):
                 record.group.pop("initial_lr", None)  # of a scheduler whose checkpoint was loaded
             record.group.update(options)
             record.schedules = schedules
+            if hyperparameter == "lr":
+                record.start_machine()
         self.push_hyperparameters()
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @torch.no_grad()
+    def report_metric(self, metric: torch.Tensor | float) -> None:
+        """Report a metric to the rates that follow it (ReduceLROnPlateau, GreedyLR), without waiting for the device.
+
+        Args:
+            metric: of the updates so far, a tensor of one element or a number; every process reports the same one.
+
+        Each report moves such a rate on by one, whether steps were applied or skipped since the last: report once per
+        evaluation, or update, of which the schedule counts its patience. The next update uses the new rate. In the
+        capture of a CUDA graph the metric must be a tensor on the parameters' device, which every replay reads.
+
+        Raises TypeError or ValueError for what is no scalar, RuntimeError if no group's rate follows metrics.
+
+        Example:
+            >>> import torch
+            >>> from fused_sched import FusedScheduledAdam, schedules
+            >>> p = torch.zeros(256, requires_grad=True)
+            >>> lr = schedules.torch.ReduceLROnPlateau(factor=0.5, patience=0, base_lr=0.1)
+            >>> opt = FusedScheduledAdam([p], lr=lr)
+            >>> for loss in (torch.tensor(1.0), torch.tensor(2.0)):
+            ...     opt.report_metric(loss)
+            >>> opt.last_lr()
+            [0.05]
+        """
+        check_metric(metric)
+        settings = self._records.settings(self._grad_divisor)
+        if not any(group.lr.machine for group in settings):
+            raise RuntimeError(
+                "report_metric() moves rates that follow metrics, and no group has one; pass a schedule such as "
+                "lr=schedules.torch.ReduceLROnPlateau(base_lr=...)"
+            )
+        self._first_engine()
+        self._push(settings)
+        self._devices.report(metric)
 
     # -- state ---------------------------------------------------------------------------------------------
 

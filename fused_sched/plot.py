@@ -139,18 +139,19 @@ def _draw_companions(
     """Each in the colour of the rate that it goes with."""
     named: set[str] = set()
     for index, (schedule, others) in enumerate(zip(schedules, companions, strict=True)):
-        for name in (name for name in others if _LOWER_AXES[name] == title):
+        here = [name for name in others if _LOWER_AXES[name] == title]
+        for name in here:
             starts = _phase_starts(others[name], num_steps)
             steps = _steps_to_show(starts, num_steps)
             label = f"_{name}" if name in named else name  # matplotlib's legend leaves out what begins with _
             ax.plot(steps, others[name](steps), _LINE_STYLES.get(name, "-"), color=f"C{index}", label=label)
             named.add(name)
-        if others:
+        if here:
             _mark_phases(ax, _phase_starts(schedule, num_steps), f"C{index}")
     ax.set_ylabel(title)
     ax.grid(alpha=0.3)
     if named != {"weight_decay"}:
-        ax.legend(fontsize="small")
+        ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)  # over no curve
 
 
 def _phase_starts(schedule: Schedule, num_steps: int) -> list[int]:

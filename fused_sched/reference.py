@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from . import reference_metric
 from .backends import Backend
 from .hyperparameters import GroupSettings, Source
+from .machine import Machine
 from .packing import Work
 
 
@@ -76,6 +78,20 @@ class ReferenceEngine:
             return source.value(index, lr_tensor)
 
         return _Values(value(settings.lr), value(settings.beta1), value(settings.beta2), value(settings.weight_decay))
+
+    def report(self, metric: torch.Tensor | float) -> None:
+        for machine in self._machines():
+            memory = machine.on(self.device)
+            state = memory.tolist()
+            reference_metric.report(machine.rule, state, float(metric))
+            memory.copy_(torch.tensor(state, dtype=torch.float64))
+
+    def release(self) -> None:
+        for machine in self._machines():
+            machine.forget(self.device)
+
+    def _machines(self) -> list[Machine]:
+        return [group.lr.machine for group in self._settings if group.lr.machine is not None]
 
     def forget_rates(self) -> None:
         self._lrs.fill_(math.nan)

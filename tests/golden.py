@@ -8,6 +8,7 @@ metric-driven schedules `metrics`, of which metric i was reported after update i
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,7 +39,10 @@ def schedules_from_record(record: Record) -> dict[str, Schedule]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ScheduleWarning)  # odd arguments are what many records are about
-        lr = ADAPTERS[record["library"]](record["schedule"], dict(record["config"]))
+        config = dict(record["config"])
+        if "expr" in config:
+            config["n"] = max(record["steps"]) + 1
+        lr = ADAPTERS[record["library"]](record["schedule"], config)
         named = {COMPANIONS[name]: s for name, s in lr.companions.items() if name in COMPANIONS}
     return {"lr": lr, **{name: s for name, s in named.items() if name in record}}
 
@@ -50,15 +54,49 @@ def _deepspeed(schedule: str, config: dict[str, Any]) -> Schedule:
 
 
 def _torch(schedule: str, config: dict[str, Any]) -> Schedule:
-    raise NotImplementedError(schedule)
+    arguments = of_group(config)
+    base_lr = arguments.pop("lr", None)
+    if "schedulers" in arguments:
+        base_lr = _initial_lr(arguments["schedulers"], base_lr)
+        arguments["schedulers"] = [_torch(name, {**child, "lr": base_lr}) for name, child in arguments["schedulers"]]
+    elif schedule not in ("CyclicLR", "OneCycleLR"):
+        arguments["base_lr"] = base_lr
+    if "expr" in arguments:  # in t; the table's length is n
+        function = eval(f"lambda t: {arguments.pop('expr')}", {"math": math})
+        arguments |= {"lr_lambda": function, "num_steps": arguments.pop("n")}
+    return getattr(schedules.torch, schedule)(**arguments)
+
+
+def _initial_lr(children: list[Any], lr: float) -> float:
+    """What torch's children find in the group: CyclicLR, built first, and OneCycleLR set it."""
+    if children[0][0] == "CyclicLR":
+        lr = children[0][1]["base_lr"]
+    for name, child in children:
+        if name == "OneCycleLR":
+            lr = child["max_lr"] / child.get("div_factor", 25.0)
+    return lr
 
 
 def _transformers(schedule: str, config: dict[str, Any]) -> Schedule:
-    raise NotImplementedError(schedule)
+    # `group_lr` is the recorded group's own rate, `lr` the optimizer's default.
+    config = of_group(config)
+    default_lr = config.pop("lr")
+    steps = {name: config.pop(name, None) for name in ("num_warmup_steps", "num_training_steps")}
+    return schedules.transformers.get_scheduler(
+        schedule,
+        base_lr=config.pop("group_lr", default_lr),
+        default_lr=default_lr,
+        scheduler_specific_kwargs=config,
+        **steps,
+    )
 
 
 def _optax(schedule: str, config: dict[str, Any]) -> Schedule:
-    raise NotImplementedError(schedule)
+    if schedule == "join_schedules":
+        config["schedules"] = [_optax(*child) for child in config["schedules"]]
+    if config.get("boundaries_and_scales"):  # the keys of JSON are strings
+        config["boundaries_and_scales"] = {int(step): scale for step, scale in config["boundaries_and_scales"].items()}
+    return getattr(schedules.optax, schedule)(**config)
 
 
 def _megatron(schedule: str, config: dict[str, Any]) -> Schedule:

@@ -15,7 +15,7 @@ from cuda_on_cpu.memory import GroupSpec, Problem, TensorSpec
 
 pytest_plugins = ["cuda_on_cpu.fixtures"]
 
-CLOCK_CAPACITY = 2039  # runs of tensors in one launch (CallTable::kCapacity); here each tensor is one
+CLOCK_CAPACITY = 2040  # runs of tensors in one launch (CallTable::kPoolBytes); here each tensor is one
 CLOCK_THREADS = 128
 
 GROUPS = [

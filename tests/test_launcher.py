@@ -117,6 +117,9 @@ def test_structures_are_those_of_the_binding() -> None:
         "group": abi.GROUP,
         "values": abi.VALUES,
         "arena": abi.ARENA,
+        "metric_rule": abi.METRIC_RULE,
+        "plateau_state": abi.PLATEAU_STATE,
+        "greedy_state": abi.GREEDY_STATE,
     }
     for name, dtype in mine.items():
         itemsize, fields = layouts[name]

@@ -52,6 +52,8 @@ BUGS = {
     "every launch ticks": (LAUNCH, "table->begins_call = first == 0;", "table->begins_call = true;", ""),
     "row of the table for row of the call": (LAUNCH, "static_cast<int32_t>(index);", "row;", ""),
     "arenas kept from the launch before": (LAUNCH, "    num_arenas_ = 0;\n", "", ""),
+    "every thread reports to every group": ("cuda/metric_kernel.cuh", "i = threadIdx.x", "i = 0", ""),
+    "groups beyond a warp get no report": ("cuda/metric_kernel.cuh", "i < table.num_records", "i < 32", ""),
     "no barrier after the tick": (CLOCK, "table.found_inf);\n  __syncthreads();", "table.found_inf);", "thread"),
     "no barrier after the values": (CLOCK, "  }\n  __syncthreads();\n}", "  }\n}", "thread"),
     "barrier in a branch": (CLOCK, "  __syncthreads();\n}", "  if (threadIdx.x < 64) __syncthreads();\n}", ""),
@@ -69,7 +71,8 @@ def test_planted_bug_is_noticed(bug: str, tmp_path: Path) -> None:
 
     environment = build.sanitizer_environment(sanitizer) if sanitizer else dict(os.environ)
     environment |= {"FUSED_SCHED_TEST_CSRC": str(csrc), "PYTHONPATH": str(TESTS)}
-    command = "-m pytest -o addopts= --noconftest -p no:cacheprovider -s -x -q test_clock_kernel.py test_kernels.py"
+    files = "test_clock_kernel.py test_metric_kernel.py test_kernels.py"
+    command = f"-m pytest -o addopts= --noconftest -p no:cacheprovider -s -x -q {files}"
     result = subprocess.run(
         [sys.executable, *command.split()], env=environment, cwd=TESTS, capture_output=True, text=True, timeout=300
     )

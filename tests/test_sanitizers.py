@@ -43,8 +43,8 @@ def sanitizer(request: pytest.FixtureRequest) -> str:
 def test_kernels_under_sanitizer(sanitizer: str) -> None:
     # Update kernels share nothing between threads; ThreadSanitizer is for the clock's barriers, and for one update.
     update = "test_kernels.py::test_formats_mixed_in_one_call" if sanitizer == "thread" else "test_kernels.py"
-    pytest_call = "-m pytest -o addopts= --noconftest -p no:cacheprovider -s -x -q test_clock_kernel.py".split()
-    result = run_python(sanitizer, *pytest_call, update)
+    pytest_call = "-m pytest -o addopts= --noconftest -p no:cacheprovider -s -x -q".split()
+    result = run_python(sanitizer, *pytest_call, "test_clock_kernel.py", "test_metric_kernel.py", update)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout

@@ -7,7 +7,6 @@ import inspect
 import json
 import math
 import pickle
-import sys
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 
@@ -259,7 +258,7 @@ def test_phases_cut_short_do_not_count_their_peak() -> None:
     assert join([inverse_sqrt(1.0, 10), constant(0.1)], [5]).reference == 0.5
 
 
-# Documentation and pictures.
+# Documentation.
 
 
 @pytest.mark.parametrize("name", WORDS)
@@ -283,35 +282,3 @@ def test_docstring_examples() -> None:
         results = doctest.testmod(module, extraglobs=names)
         assert results.failed == 0
         assert results.attempted > 0
-
-
-def test_plot_draws_the_values() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from fused_sched.plot import plot_schedules
-
-    line, wave = linear(1.0, 0.0, 100), cosine(1.0, 0.0, 50).repeat(50)
-    axes = plot_schedules(line, wave, labels=["line", "wave"])
-    x, y = axes.lines[0].get_data()
-    assert x.tolist() == list(range(111))
-    assert y.tolist() == line(x).tolist()
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["line", "wave"]
-    same = wave.plot(20, ax=axes)
-    assert same is axes
-    assert len(axes.lines[2].get_xdata()) == 20
-    long = linear(1.0, 0.0, 10**6).plot()
-    assert len(long.lines[0].get_xdata()) <= 4000
-    pyplot.close("all")
-    with pytest.raises(ValueError, match="one label per schedule"):
-        plot_schedules(line, labels=["a", "b"])
-    with pytest.raises(ValueError, match="at least one schedule"):
-        plot_schedules()
-
-
-def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"fused_sched\[plot\]"):
-        constant(1.0).plot()

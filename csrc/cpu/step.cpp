@@ -153,6 +153,13 @@ int fs_update(fs_call* call, char* error) {
   });
 }
 
+int fs_report_metric(const fs_report* report, char* error) {
+  return report_failure(error, [&] {
+    const DefaultFloatEnvironment environment;
+    for (int64_t i = 0; i < report->num_records; ++i) report_metric(report->records[i], *report->metric);
+  });
+}
+
 int fs_device_count(int* count, char*) {
   *count = 1;
   return 0;

@@ -6,19 +6,24 @@
 
 namespace fused_sched {
 
-// 16 bytes, either of a tensor's gradient or of a run of consecutive tensors that share their group and compute type and
-// whose step records follow one another in memory, as those of one arena do. Runs keep the clock's part of the table
-// short: a thousand tensors of three groups are three.
-struct CallEntry {
-  uint64_t address;  // gradient; first StepRecord
-  int32_t end;       // chunks of this and all earlier gradients of the launch; index of the first tensor past the run
-  uint32_t detail;   // elements of the last chunk * 4 + Format; group * 2 + whether it computes in double
+// A gradient with elements.
+struct CallGrad {
+  uint64_t address;
+  int32_t end;      // chunks of this and all earlier gradients of the launch
+  uint32_t detail;  // elements of the last chunk * 4 + Format
 };
-static_assert(sizeof(CallEntry) == 16, "");
+
+// Consecutive tensors that share group and compute type and whose step records follow one another in memory, as those
+// of one arena do. Runs keep the clock's part of the table short: a thousand tensors of three groups are three.
+struct CallRun {
+  uint64_t step;    // address of the first one's StepRecord
+  int32_t end;      // index of the first tensor past the run
+  uint32_t detail;  // group * 2 + whether they compute in double
+};
 
 struct CallTable {
-  static constexpr int kHeaderBytes = 128;
-  static constexpr int kCapacity = (kMaxParameterBytes - kHeaderBytes) / static_cast<int>(sizeof(CallEntry));
+  static constexpr int kHeaderBytes = 120;
+  static constexpr int kPoolBytes = (kMaxParameterBytes - kHeaderBytes) / 8 * 8;
 
   Clock* clock;
   const GroupRecord* groups;
@@ -32,20 +37,24 @@ struct CallTable {
   int64_t chunk_length;   // elements
   int32_t num_groups;
   int32_t first_tensor;  // of the first run, as index of the call
-  int32_t num_grads;     // entries of gradients, which come first
-  int32_t num_runs;      // entries of runs, which follow
+  int32_t num_grads;
+  int32_t num_runs;
   int32_t first_chunk;   // of this launch, as index of the call
   int32_t num_chunks;    // of the call
   bool begins_call;      // decides whether the call is applied; other launches only derive scalars
   bool ends_norm;        // all chunks are summed when this launch ends; its last block adds them
   bool norm_is_reduced;  // the clock comes in a launch of its own, after the sum was replaced
   bool tick;
-  CallEntry entry[kCapacity];
+  uint64_t pool[kPoolBytes / 8];  // gradients, then runs
+
+  FS_HD const CallGrad* grads() const { return reinterpret_cast<const CallGrad*>(pool); }
+  FS_HD const CallRun* runs() const { return reinterpret_cast<const CallRun*>(grads() + num_grads); }
 };
 static_assert(sizeof(CallTable) <= kMaxParameterBytes, "");
 
 // The first of `count` entries whose end is beyond a position.
-FS_DEVICE int find_entry(const CallEntry* entries, int count, int position) {
+template <class Entry>
+FS_DEVICE int find_entry(const Entry* entries, int count, int position) {
   int first = 0;
   int last = count - 1;
   while (first < last) {

@@ -79,7 +79,7 @@ FS_DEVICE void begin_call(const CallTable& table) {
 // not, and then their scalars, which cost two powers.
 FS_DEVICE void advance_tensors(const CallTable& table) {
   if (threadIdx.x >= kClockThreads || table.num_runs == 0) return;
-  const CallEntry* const runs = table.entry + table.num_grads;
+  const CallRun* const runs = table.runs();
   const int num_tensors = runs[table.num_runs - 1].end - table.first_tensor;
   const int tensors_per_thread = (num_tensors + kClockThreads - 1) / kClockThreads;
   const int first = static_cast<int>(threadIdx.x) * tensors_per_thread;
@@ -102,7 +102,7 @@ FS_DEVICE void advance_tensors(const CallTable& table) {
       continue;
     }
     const int begin = run > 0 ? runs[run - 1].end : table.first_tensor;
-    const int64_t step = advance_step(reinterpret_cast<StepRecord*>(runs[run].address)[tensor - begin]);
+    const int64_t step = advance_step(reinterpret_cast<StepRecord*>(runs[run].step)[tensor - begin]);
     if (step != slot_step || detail != slot_detail) {
       const int group = static_cast<int>(detail >> 1);
       if (wide) {

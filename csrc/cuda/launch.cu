@@ -6,6 +6,7 @@
 
 #include "../check_call.h"
 #include "launch.h"
+#include "metric_kernel.cuh"
 #include "update_kernel.cuh"
 
 namespace fused_sched {
@@ -198,6 +199,16 @@ int fs_update(fs_call* call, char* error) {
     const DeviceGuard guard(call->device);
     check_and_load(*call);
     update(*call);
+  });
+}
+
+int fs_report_metric(const fs_report* report, char* error) {
+  return report_failure(error, [&] {
+    const DeviceGuard guard(report->device);
+    const Kernel<MetricTable> kernel = metric_kernel;
+    resident_blocks(reinterpret_cast<const void*>(kernel), kMetricThreads, report->device);
+    const MetricTable table = {report->metric, report->records, report->num_records};
+    FS_CUDA_CHECK(launch_kernel(kernel, 1, kMetricThreads, reinterpret_cast<cudaStream_t>(report->stream), table));
   });
 }
 

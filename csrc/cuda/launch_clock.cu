@@ -14,7 +14,7 @@ namespace {
 constexpr Kernel<CallTable> kClockKernel = clock_kernel;
 constexpr Kernel<CallTable> kNormKernel = norm_kernel;
 
-static_assert(kNumFormats <= 4, "two bits of CallEntry::detail");
+static_assert(kNumFormats <= 4, "two bits of CallGrad::detail");
 
 std::unique_ptr<CallTable> make_table(const fs_call& call) {
   std::unique_ptr<CallTable> table(new CallTable{});
@@ -34,8 +34,8 @@ std::unique_ptr<CallTable> make_table(const fs_call& call) {
 }
 
 // Tensors by what the clock needs to know of them.
-std::vector<CallEntry> make_runs(const fs_call& call) {
-  std::vector<CallEntry> runs;
+std::vector<CallRun> make_runs(const fs_call& call) {
+  std::vector<CallRun> runs;
   uint64_t next = 0;  // where the run's next step record would be
   for (int64_t i = 0; i < call.num_tensors; ++i) {
     const fs_tensor& tensor = call.tensors[i];
@@ -50,8 +50,8 @@ std::vector<CallEntry> make_runs(const fs_call& call) {
 }
 
 // Gradients with elements, in order; `end` counts from the first of them until the table is known.
-std::vector<CallEntry> make_grads(const fs_call& call, int64_t chunk_length) {
-  std::vector<CallEntry> grads;
+std::vector<CallGrad> make_grads(const fs_call& call, int64_t chunk_length) {
+  std::vector<CallGrad> grads;
   int64_t end = 0;
   for (int64_t i = 0; i < call.num_tensors; ++i) {
     const fs_tensor& tensor = call.tensors[i];
@@ -69,15 +69,25 @@ void start(fs_call& call, Kernel<CallTable> kernel, int num_blocks, int num_thre
   ++call.launches;
 }
 
+// Fills the table's pool.
+void pack(CallTable& table, const CallGrad* grads, size_t num_grads, const CallRun* runs, size_t num_runs) {
+  table.num_grads = static_cast<int32_t>(num_grads);
+  table.num_runs = static_cast<int32_t>(num_runs);
+  unsigned char* const pool = reinterpret_cast<unsigned char*>(table.pool);
+  if (num_grads > 0) memcpy(pool, grads, num_grads * sizeof(CallGrad));
+  if (num_runs > 0) memcpy(pool + num_grads * sizeof(CallGrad), runs, num_runs * sizeof(CallRun));
+}
+
+constexpr size_t kMaxGrads = CallTable::kPoolBytes / sizeof(CallGrad);
+constexpr size_t kMaxRuns = CallTable::kPoolBytes / sizeof(CallRun);
+
 // Clock launches for the runs from `first` on; the first of them begins the call, unless the norm has.
-void launch_runs(fs_call& call, CallTable& table, const std::vector<CallEntry>& runs, size_t first, bool begins_call) {
-  table.num_grads = 0;
+void launch_runs(fs_call& call, CallTable& table, const std::vector<CallRun>& runs, size_t first, bool begins_call) {
   do {
-    const size_t count = std::min<size_t>(runs.size() - first, CallTable::kCapacity);
+    const size_t count = std::min(runs.size() - first, kMaxRuns);
     table.begins_call = begins_call;
     table.first_tensor = first > 0 ? runs[first - 1].end : 0;
-    table.num_runs = static_cast<int32_t>(count);
-    std::copy_n(runs.begin() + static_cast<std::ptrdiff_t>(first), count, table.entry);
+    pack(table, nullptr, 0, runs.data() + first, count);
     start(call, kClockKernel, 1, kClockThreads, table);
     begins_call = false;
     first += count;
@@ -99,27 +109,23 @@ void launch_norm(fs_call& call) {
   const int resident = resident_blocks(reinterpret_cast<const void*>(kNormKernel), kNormThreads, call.device);
   constexpr int kWarps = kNormThreads / 32;
   table->chunk_length = norm_chunk_length(call);
-  const std::vector<CallEntry> grads = make_grads(call, table->chunk_length);
+  std::vector<CallGrad> grads = make_grads(call, table->chunk_length);
   table->num_chunks = grads.empty() ? 0 : grads.back().end;
-  const std::vector<CallEntry> runs = call.norm_is_reduced ? std::vector<CallEntry>() : make_runs(call);
-  const size_t num_runs = std::min<size_t>(runs.size(), CallTable::kCapacity);
+  const std::vector<CallRun> runs = call.norm_is_reduced ? std::vector<CallRun>() : make_runs(call);
+  const size_t num_runs = std::min(runs.size(), kMaxRuns);
   size_t first = 0;
   while (!table->ends_norm) {
     const size_t left = grads.size() - first;
-    const bool is_last = left + num_runs <= CallTable::kCapacity;
-    const size_t count = std::min<size_t>(left, CallTable::kCapacity);
+    const bool is_last = left * sizeof(CallGrad) + num_runs * sizeof(CallRun) <= CallTable::kPoolBytes;
+    const size_t count = std::min(left, kMaxGrads);
+    const int32_t end = count > 0 ? grads[first + count - 1].end : table->first_chunk;
+    const int num_chunks = end - table->first_chunk;
+    for (size_t i = first; i < first + count; ++i) grads[i].end -= table->first_chunk;
     table->ends_norm = is_last;
     table->begins_call = is_last && !call.norm_is_reduced;
-    table->num_grads = static_cast<int32_t>(count);
-    table->num_runs = is_last ? static_cast<int32_t>(num_runs) : 0;
-    table->first_chunk = first > 0 ? grads[first - 1].end : 0;
-    for (size_t i = 0; i < count; ++i) {
-      table->entry[i] = grads[first + i];
-      table->entry[i].end -= table->first_chunk;
-    }
-    if (is_last) std::copy_n(runs.begin(), num_runs, table->entry + count);
-    const int num_chunks = count > 0 ? table->entry[count - 1].end : 0;
+    pack(*table, grads.data() + first, count, runs.data(), is_last ? num_runs : 0);
     start(call, kNormKernel, std::max(1, std::min((num_chunks + kWarps - 1) / kWarps, resident)), kNormThreads, *table);
+    table->first_chunk = end;
     first += count;
   }
   if (num_runs < runs.size()) launch_runs(call, *table, runs, num_runs, false);

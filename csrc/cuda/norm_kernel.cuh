@@ -111,9 +111,10 @@ FS_DEVICE SquareSum sum_chunk(const typename Codec::Storage* stored, int64_t cou
 }
 
 FS_DEVICE SquareSum sum_chunk_of(const CallTable& table, int chunk) {
-  const int row = find_entry(table.entry, table.num_grads, chunk);
-  const CallEntry& grad = table.entry[row];
-  const int64_t first = static_cast<int64_t>(chunk - (row > 0 ? table.entry[row - 1].end : 0)) * table.chunk_length;
+  const CallGrad* const grads = table.grads();
+  const int index = find_entry(grads, table.num_grads, chunk);
+  const CallGrad& grad = grads[index];
+  const int64_t first = static_cast<int64_t>(chunk - (index > 0 ? grads[index - 1].end : 0)) * table.chunk_length;
   const int64_t count = chunk + 1 == grad.end ? static_cast<int64_t>(grad.detail >> 2) : table.chunk_length;
   switch (grad.detail & 3u) {
 #define FS_SUM(identifier, tag, name, Codec) \
@@ -157,7 +158,7 @@ FS_DEVICE void add_chunks(const CallTable& table) {
 
 __global__ void __launch_bounds__(kNormThreads, kNormBlocksPerSm) norm_kernel(FS_KERNEL_TABLE(CallTable) table) {
   constexpr int kWarps = kNormThreads / kWarpThreads;
-  const int end = table.num_grads > 0 ? table.entry[table.num_grads - 1].end : 0;
+  const int end = table.num_grads > 0 ? table.grads()[table.num_grads - 1].end : 0;
   const int warp = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpThreads;
   for (int chunk = warp; chunk < end; chunk += static_cast<int>(gridDim.x) * kWarps) {
     const SquareSum sum = sum_chunk_of(table, chunk);

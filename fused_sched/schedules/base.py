@@ -212,7 +212,17 @@ class Schedule(ABC):
     # Pictures.
 
     def plot(self, num_steps: int | None = None, *, ax: Axes | None = None, label: str | None = None) -> Axes:
-        """Draw the schedule; see `fused_sched.plot.plot_schedules`."""
+        """Draw the schedule, its phases marked, and below it the momentum and weight decay that go with it.
+
+        num_steps: updates to show, by default all phases. ax: axes to draw on, and on no others. label: for the legend.
+        Returns the axes of the schedule. Raises ImportError without matplotlib (`pip install fused_sched[plot]`),
+        ValueError for num_steps < 1. Several schedules: `fused_sched.plot.plot_schedules`.
+
+        >>> import matplotlib; matplotlib.use("Agg")
+        >>> from fused_sched import schedules
+        >>> ax = schedules.warmup_cosine(1e-3, warmup_steps=10, total_steps=100).plot()
+        >>> ax.figure.savefig("lr.png")  # doctest: +SKIP
+        """
         from ..plot import plot_schedules
 
         return plot_schedules(self, num_steps=num_steps, ax=ax, labels=None if label is None else [label])

@@ -10,6 +10,7 @@ from .. import program
 from ..program import Clamp, Clock, Join, Repeat, Tree
 from . import checks
 from .base import Schedule, set_fields
+from .metric import MetricSchedule
 
 
 def _check_schedules(who: str, name: str, got: object) -> tuple[Schedule, ...]:
@@ -21,6 +22,8 @@ def _check_schedules(who: str, name: str, got: object) -> tuple[Schedule, ...]:
 def _check_schedule(who: str, name: str, got: object) -> Schedule:
     if not isinstance(got, Schedule):
         raise TypeError(f"{who}: {name} must be a Schedule, got {got!r}; use constant(value) for a number")
+    if isinstance(got, MetricSchedule):
+        got.refuse(f"a part of {who}")
     return got
 
 

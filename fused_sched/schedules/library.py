@@ -61,19 +61,19 @@ class LibrarySchedule(Schedule, abstract=True):
 class Companion(Schedule, word="companion"):
     """Another hyperparameter that a library's scheduler writes with the rate: `schedule.companions["beta1"]`."""
 
-    schedule: LibrarySchedule
+    rate: LibrarySchedule
     hyperparameter: str
 
     def __post_init__(self) -> None:
-        names = self.schedule.lower_companions() if isinstance(self.schedule, LibrarySchedule) else ()
+        names = self.rate.lower_companions() if isinstance(self.rate, LibrarySchedule) else ()
         if self.hyperparameter not in names:
             raise ValueError(
-                f"companion: {self.schedule!r} schedules {', '.join(names) or 'nothing beside the rate'}, got "
+                f"companion: {self.rate!r} schedules {', '.join(names) or 'nothing beside the rate'}, got "
                 f"{self.hyperparameter!r}"
             )
 
     def __repr__(self) -> str:
-        return f"{self.schedule!r}.companions[{self.hyperparameter!r}]"
+        return f"{self.rate!r}.companions[{self.hyperparameter!r}]"
 
     def lower(self) -> Tree:
-        return self.schedule.lower_companions()[self.hyperparameter]
+        return self.rate.lower_companions()[self.hyperparameter]

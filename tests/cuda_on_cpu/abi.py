@@ -103,6 +103,34 @@ class Call(ctypes.Structure):
     )
 
 
+METRIC_RULES = {"plateau": 0, "greedy": 1}
+METRIC_RULE = aligned(
+    [
+        *((name, "<i4") for name in ("kind", "maximize", "relative", "window")),
+        *((name, "<f8") for name in ("base_lr", "factor", "patience", "threshold", "cooldown", "warmup")),
+        *((name, "<f8") for name in ("min_lr", "max_lr", "eps", "reset_start")),
+    ]
+)
+METRIC_RECORD = aligned([("rule", METRIC_RULE), ("state", "<u8")])
+PLATEAU_STATE = aligned([(name, "<f8") for name in ("lr", "best", "num_bad", "cooldown_left")])
+GREEDY_STATE = aligned(
+    [
+        *((name, "<f8") for name in ("lr", "best", "num_bad", "cooldown_left", "num_good", "warmup_left")),
+        *((name, "<f8") for name in ("resets_left", "window_sum", "window_length", "window_oldest")),
+    ]
+)
+
+
+class Report(ctypes.Structure):
+    _fields_ = (
+        ("metric", ctypes.c_uint64),
+        ("records", ctypes.c_uint64),
+        ("num_records", ctypes.c_int64),
+        ("stream", ctypes.c_uint64),
+        ("device", ctypes.c_int32),
+    )
+
+
 class BackendError(Exception):
     """What a function of csrc/step.h wrote into `error`."""
 
@@ -122,6 +150,9 @@ class Library:
 
     def update(self, call: Call) -> None:
         self._run(self.functions.fs_update, ctypes.byref(call))
+
+    def report_metric(self, report: Report) -> None:
+        self._run(self.functions.fs_report_metric, ctypes.byref(report))
 
     def device_count(self) -> int:
         count = ctypes.c_int(-1)

@@ -1,0 +1,60 @@
+"""What DeepSpeed's schedules share: arguments per group, and its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from .. import checks
+from ..library import LibrarySchedule
+
+
+class DeepSpeedSchedule(LibrarySchedule, library="deepspeed", abstract=True):
+    """A schedule of DeepSpeed."""
+
+    #: Arguments of which DeepSpeed takes a list, one entry per group.
+    group_arguments: ClassVar[tuple[str, ...]] = ()
+    #: Whether it reads the optimizer's rate.
+    reads_base_lr: ClassVar[bool] = False
+
+    @classmethod
+    def per_group(cls, base_lrs: Sequence[float], **params: Any) -> list[DeepSpeedSchedule]:
+        """One schedule per group, from the arguments DeepSpeed takes: numbers are for all groups, lists have one each.
+
+        base_lrs: the optimizer's rates, one per group. params: the schedule's arguments.
+        Raises ValueError for a list of another length, and what the schedule's constructor raises.
+
+        >>> OneCycle = deepspeed.OneCycle
+        >>> for schedule in OneCycle.per_group([0.1, 0.1], cycle_min_lr=[0.1, 0.2], cycle_max_lr=1.0):
+        ...     print(schedule)
+        deepspeed.OneCycle(cycle_min_lr=0.1, cycle_max_lr=1.0)
+        deepspeed.OneCycle(cycle_min_lr=0.2, cycle_max_lr=1.0)
+
+        Source: DeepSpeed 0.19.8, runtime/lr_schedules.py, _format_param.
+        """
+        arguments: list[dict[str, Any]] = [{"base_lr": lr} if cls.reads_base_lr else {} for lr in base_lrs]
+        for name, value in params.items():
+            is_list = name in cls.group_arguments and isinstance(value, list | tuple)
+            if is_list and len(value) != len(arguments):
+                raise ValueError(
+                    f"{cls.word}: {name} must be one number, or one for each of the optimizer's {len(arguments)} "
+                    f"groups, got {value!r}"
+                )
+            for group, own in enumerate(arguments):
+                own[name] = value[group] if is_list else value
+        made: list[DeepSpeedSchedule] = []
+        for group, own in enumerate(arguments):
+            twin = arguments.index(own)
+            made.append(made[twin] if twin < group else cls(**own))  # what is odd about it is said once
+        return made
+
+
+def check_count(who: str, name: str, got: Any) -> None:
+    if not isinstance(got, int) or got <= 0:
+        raise ValueError(f"{who}: {name} must be a positive int, got {got!r}; count in updates, with int(...)")
+
+
+def count(who: str, name: str, got: Any) -> float:
+    """A number, as an int if it is one: JSON has 1e5 as a float."""
+    value = checks.number(who, name, got)
+    return int(value) if value.is_integer() else value
