@@ -1,4 +1,4 @@
-"""The norm kernel, run on the CPU (tests/cuda_on_cpu): sums to the last bit, clipping, skipping, launches, the recorder.
+"""The norm kernel, run on the CPU (tests/cuda_on_cpu): sums to the last bit, clipping, skipping, launches, recorder.
 
 Needs NumPy and a C++ compiler only. test_sanitizers.py runs this file again under the sanitizers.
 """
@@ -272,7 +272,9 @@ def history(problem: Problem, indices: Sequence[int]) -> list[list[float]]:
 
 
 def test_recorder_writes_every_step(library: abi.Library) -> None:
-    problem = Problem([TensorSpec(4), TensorSpec(4, group=1)], [GroupSpec(lr=0.5), GroupSpec(lr=0.25, weight_decay=0.125)])
+    problem = Problem(
+        [TensorSpec(4), TensorSpec(4, group=1)], [GroupSpec(lr=0.5), GroupSpec(lr=0.25, weight_decay=0.125)]
+    )
     problem.record_history()
     problem.norm.data["skip_nonfinite"] = 1
     problem.norm.data["max_norm"] = 1.0

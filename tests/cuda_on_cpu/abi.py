@@ -66,9 +66,7 @@ NORM = aligned(
         ("blocks_done", "<u4"),
     ]
 )
-HISTORY = aligned(
-    [("rows", "<u8"), ("row_length", "<i8"), ("num_groups", "<i8"), ("count", "<i8"), ("row", "<u8")]
-)
+HISTORY = aligned([("rows", "<u8"), ("row_length", "<i8"), ("num_groups", "<i8"), ("count", "<i8"), ("row", "<u8")])
 HISTORY_LENGTH, HISTORY_COLUMNS = 4096, 4
 SCALAR_FIELDS = ("grad_factor", "decay", "first_rate", "second_rate", "step_size", "inv_sqrt_bias2", "eps")
 SCALARS = {
