@@ -3,6 +3,7 @@
 #pragma once
 
 #include "failure.h"
+#include "norm_chunks.h"
 
 namespace fused_sched {
 
@@ -66,7 +67,7 @@ inline void check_placement(const fs_call& call, int64_t index) {
 
 inline void check_norm(const fs_call& call) {
   if (call.norm == nullptr) fail("the norm was asked for, but `norm` is null");
-  if (call.chunk_sums == nullptr && call.num_tensors > 0) fail("the norm needs memory in `chunk_sums`, got null");
+  if (call.chunk_sums == nullptr && num_norm_chunks(call) > 0) fail("the norm needs memory in `chunk_sums`, got null");
 }
 
 template <class Supported>

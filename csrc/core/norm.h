@@ -67,15 +67,27 @@ FS_HD void add_square(double& middle, double element) {
 #endif
 }
 
+// What a double adds to each of the three sums; a NaN compares false and goes to the middle.
+FS_HD bool is_extreme(double element) {
+  return (fabs(element) > kLargeElement) | (fabs(element) < kSmallElement);
+}
+
+FS_HD double middle_square(double element) { return is_extreme(element) ? 0.0 : element * element; }
+
+FS_HD double large_square(double element) {
+  const double shrunk = fabs(element) > kLargeElement ? element * kShrink : 0.0;
+  return shrunk * shrunk;
+}
+
+FS_HD double small_square(double element) {
+  const double enlarged = fabs(element) < kSmallElement ? element * kEnlarge : 0.0;
+  return enlarged * enlarged;
+}
+
 FS_HD void add_square(SquareSum& sum, double element) {
-  const double magnitude = fabs(element);
-  const bool is_large = magnitude > kLargeElement;  // false for NaN, which goes to the middle
-  const bool is_small = magnitude < kSmallElement;
-  const double shrunk = element * kShrink;
-  const double enlarged = element * kEnlarge;
-  sum.middle += is_large || is_small ? 0.0 : element * element;
-  sum.large += is_large ? shrunk * shrunk : 0.0;
-  sum.small += is_small ? enlarged * enlarged : 0.0;
+  sum.middle += middle_square(element);
+  sum.large += large_square(element);
+  sum.small += small_square(element);
 }
 
 FS_HD void add(SquareSum& sum, const SquareSum& other) {

@@ -5,7 +5,6 @@
 
 #include "../check_call.h"
 #include "../float_environment.h"
-#include "../norm_chunks.h"
 #include "isa.h"
 #include "parallel.h"
 

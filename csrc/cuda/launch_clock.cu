@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "../check_call.h"
-#include "../norm_chunks.h"
 #include "launch.h"
 #include "norm_kernel.cuh"
 
