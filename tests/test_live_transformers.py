@@ -57,7 +57,9 @@ SPECIFIC: dict[str, st.SearchStrategy[Config]] = {
     "cosine": optional(num_cycles=waves),
     "cosine_with_restarts": optional(num_cycles=st.one_of(st.integers(-2, 60), st.floats(-2.0, 5.0))),
     "polynomial": optional(
-        lr_end=st.floats(-0.1, 0.5), power=st.one_of(st.sampled_from([0, 1, 2, -1]), st.floats(-1.5, 4.0))
+        # Not below minus the rate: (L - lr_end) + lr_end is the library's first value, which then loses digits.
+        lr_end=st.floats(-1e-6, 0.5),
+        power=st.one_of(st.sampled_from([0, 1, 2, -1]), st.floats(-1.5, 4.0)),
     ),
     "constant": st.just({}),
     "constant_with_warmup": st.just({}),
@@ -273,13 +275,19 @@ ODD = [
     ("warmup_stable_decay", (10, 90), {"num_decay_steps": 5, "num_stable_steps": 5}, "num_stable_steps=5 is used"),
     ("warmup_stable_decay", (10, 20), {"num_decay_steps": 15}, "shorten them by 5"),
     ("warmup_stable_decay", (10, 20), {"num_decay_steps": 0}, "at once"),
+    (
+        "warmup_stable_decay",
+        (4.237168684686163, 48),
+        {"num_decay_steps": 15, "decay_type": "1-sqrt"},
+        "at step 33, here",
+    ),
     ("warmup_stable_decay", (10, 90), {"num_decay_steps": 5, "min_lr_ratio": -0.1}, "negative"),
 ]
 
 
 @pytest.mark.parametrize(("name", "lengths", "specific", "says"), ODD)
 def test_what_is_odd_is_said_at_the_callers_line(
-    name: str, lengths: tuple[int, int | None], specific: Config, says: str
+    name: str, lengths: tuple[float, float | None], specific: Config, says: str
 ) -> None:
     warmup, total = lengths
     with pytest.warns(ScheduleWarning, match=says) as caught:

@@ -8,7 +8,7 @@ from math import inf
 
 from ...program import Curve, Tree
 from ..nodes import after, flat, phases
-from .base import TransformersSchedule, warmup
+from .base import ReadsTheDefaultRate, TransformersSchedule, warmup
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,7 +86,7 @@ class get_linear_schedule_with_warmup(TransformersSchedule):
 
 
 @dataclass(frozen=True, repr=False)
-class get_polynomial_decay_schedule_with_warmup(TransformersSchedule):
+class get_polynomial_decay_schedule_with_warmup(ReadsTheDefaultRate):
     """A linear warm-up, then a power of what remains, down to a rate that is then held.
 
     `base_lr * t / W` for t < W, then `base_lr * ((L - lr_end) * (1 - (t-W) / (N-W))^power + lr_end) / L`.
@@ -113,10 +113,6 @@ class get_polynomial_decay_schedule_with_warmup(TransformersSchedule):
     default_lr: float | None = None
 
     @property
-    def _initial_lr(self) -> float:
-        return self.base_lr if self.default_lr is None else self.default_lr
-
-    @property
     def _error_step(self) -> float:
         """Where the library divides by zero."""
         w, n = self.num_warmup_steps, self.num_training_steps
@@ -125,10 +121,10 @@ class get_polynomial_decay_schedule_with_warmup(TransformersSchedule):
 
     def check(self) -> None:
         super().check()
-        if not self._initial_lr > self.lr_end:
+        if not self.initial_lr > self.lr_end:
             raise ValueError(
                 f"{self.word}: lr_end must be less than the optimizer's rate, got lr_end={self.lr_end} and "
-                f"{self._initial_lr}; give the optimizer's default rate as default_lr if base_lr is a group's own"
+                f"{self.initial_lr}; give the optimizer's default rate as default_lr if base_lr is a group's own"
             )
         if self._error_step == 0:
             raise ZeroDivisionError(
@@ -152,9 +148,9 @@ class get_polynomial_decay_schedule_with_warmup(TransformersSchedule):
 
     def factor(self) -> Tree:
         w, n = self.num_warmup_steps, self.num_training_steps
-        end = self.lr_end / self._initial_lr
+        end = self.lr_end / self.initial_lr
         last = self._error_step - 1
-        if n == w and last < inf:
+        if last < w:
             return warmup(w, held_from=last)
         # As the library, 1 - u and then the power: (N - t) / (N - W) would differ where the power is negative.
         decay = Curve(
