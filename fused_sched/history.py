@@ -67,26 +67,26 @@ class Recorder:
         row.fill_(math.nan)
         row[: len(values)].copy_(torch.tensor(values, dtype=torch.float64))
 
-    def read(self) -> History:
-        """The steps there are, oldest first; waits for the device."""
-        return _structured(self._header.cpu(), self._rows.cpu())
+    def read(self, num_groups: int) -> History:
+        """The steps there are, oldest first, for at least so many groups; waits for the device."""
+        return _structured(self._header.cpu(), self._rows.cpu(), num_groups)
 
-    def read_asynchronously(self) -> Future[History]:
+    def read_asynchronously(self, num_groups: int) -> Future[History]:
         """The steps enqueued so far, when the device has come to them."""
         if self._rows.device.type != "cuda":
             future: Future[History] = Future()
-            future.set_result(self.read())
+            future.set_result(self.read(num_groups))
             return future
-        parts = []
-        for tensor in (self._header, self._rows):
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            parts.append(host.copy_(tensor, non_blocking=True))
+        header, rows = (
+            torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
+            for part in (self._header, self._rows)
+        )
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record(torch.cuda.current_stream(self._rows.device))
 
         def wait() -> History:
             copied.synchronize()
-            return _structured(*parts)
+            return _structured(header, rows, num_groups)
 
         return _waiter().submit(wait)
 
@@ -109,12 +109,15 @@ def dtype_of(num_groups: int) -> np.dtype[Any]:
     )
 
 
-def _structured(header: torch.Tensor, rows: torch.Tensor) -> History:
+def _structured(header: torch.Tensor, rows: torch.Tensor, num_groups: int) -> History:
     count = int(header[_COUNT])
-    indices = np.arange(max(0, count - LENGTH), count) % LENGTH
-    values = rows.numpy()[indices]
+    if count == 0:
+        return np.zeros(0, dtype_of(num_groups))
+    values = rows.numpy()[np.arange(max(0, count - LENGTH), count) % LENGTH]
+    missing = len(COLUMNS) + 2 * num_groups - values.shape[1]  # columns of groups added since
+    values = np.pad(values, ((0, 0), (0, max(0, missing))), constant_values=math.nan)
     groups = values[:, len(COLUMNS) :]
-    records = np.zeros(len(indices), dtype_of(groups.shape[1] // 2))
+    records = np.zeros(len(values), dtype_of(groups.shape[1] // 2))
     for index, name in enumerate(COLUMNS):
         records[name] = values[:, index]
     records["lr"], records["weight_decay"] = groups[:, 0::2], groups[:, 1::2]

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from . import hyperparameters
 from .devices import Devices
 from .engine import Engine, is_capturing
+from .groups import GroupTable
 from .history import History
 from .norm import NormSettings
 
@@ -20,6 +21,7 @@ class StepTail(Optimizer):
     """The part of `FusedScheduledAdam` about what happens to gradients before they are used, and what is kept of it."""
 
     _devices: Devices
+    _records: GroupTable
     _grad_divisor: float
     _max_grad_norm: float | None
     _skip_nonfinite: bool
@@ -150,5 +152,5 @@ class StepTail(Optimizer):
                 "history() reads back from the device, which the capture of a CUDA graph does not allow; call it after "
                 "the capture"
             )
-        recorder = self._devices.recorder
-        return recorder.read_asynchronously() if asynchronous else recorder.read()
+        recorder, num_groups = self._devices.recorder, len(self._records)
+        return recorder.read_asynchronously(num_groups) if asynchronous else recorder.read(num_groups)
