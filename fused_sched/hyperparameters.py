@@ -143,7 +143,7 @@ def check_schedule(name: str, schedule: Schedule) -> None:
             f"a schedule for {name} must {rule} at every update, got {float(values[first])!r} at update "
             f"{steps[first]}; end it before, as in join([schedule, constant(value)], [{steps[first]}])"
         )
-    said = isinstance(schedule, LibrarySchedule) and schedule.oddity() is not None  # when it was constructed
+    said = isinstance(schedule, LibrarySchedule) and schedule.warning() is not None  # when it was constructed
     if name == "lr" and (values < 0.0).any() and not said:
         first = int(np.argmax(values < 0.0))
         warn_schedule(

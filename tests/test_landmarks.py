@@ -83,6 +83,7 @@ def test_values_jump_at_phases_only_if_at_all(tree: Tree) -> None:
         (phases([line(0.0, 1.0, 10.0), flat(1.0)], [after(10.0)]), [11]),  # its last step is 10
         (Clock(phases([flat(1.0), flat(2.0)], [30.0]), multiplier=8.0), [4]),  # 8 samples per update
         (Clock(phases([flat(1.0), flat(2.0)], [3.0]), every=10.0), [30]),
+        (Clock(phases([flat(1.0), flat(2.0)], [2.5]), every=10.0), [30]),  # the first epoch past 2.5
         (Repeat(line(0.0, 1.0, 100.0), period=100.0, growth=2.0), [100, 300]),
         (Product((flat(1.0), phases([flat(1.0), flat(2.0)], [7.0]))), [7]),
         (flat(1.0), []),
@@ -105,6 +106,7 @@ def test_where_phases_begin(tree: Tree, expected: list[int]) -> None:
         (Repeat(flat(1.0), period=10.0, gain=0.5), None),
         (Clock(_monotone(0.0, 1.0, 10, "power"), multiplier=4.0), 3),
         (Clock(_monotone(0.0, 1.0, 10, "power"), multiplier=0.0), 0),
+        (Clock(phases([flat(1.0), flat(2.0)], [2.5]), every=10.0), 30),
         (Join((flat(1.0), _monotone(0.0, 1.0, 10, "power")), ends=(100.0,), origins=(0.0, 100.0)), 110),
         (Curve("exponential", stairs=1.0, divisor=30.0, p=0.0), 30),
         (Curve("exponential", p=0.9, limit=inf), None),

@@ -235,7 +235,7 @@ def test_what_the_constructor_does_not_reach() -> None:
     ],
 )
 def test_a_style_that_fails_in_training_is_held(changes: dict[str, Any], failing: int, held: float) -> None:
-    with pytest.warns(ScheduleWarning, match=f"is unknown, so that Megatron-LM fails before update {failing};") as said:
+    with pytest.warns(ScheduleWarning, match=f"is unknown, at the step to update {failing},") as said:
         ours = schedule(**changes)
     assert len(said) == 1
     assert ours([failing - 1, failing, 10**6]).tolist() == pytest.approx([held] * 3, rel=1e-15)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import inf
 
 from ...program import Clock, Curve, Tree
-from ..base import set_fields
 from ..nodes import flat
 from .base import OptaxSchedule
 
@@ -143,10 +142,6 @@ class exponential_decay(OptaxSchedule):
     transition_begin: int = 0
     staircase: bool = False
     end_value: float | None = None
-
-    def check(self) -> None:
-        super().check()
-        set_fields(self, staircase=bool(self.staircase))
 
     def oddity(self) -> str | None:
         return odd_decay(

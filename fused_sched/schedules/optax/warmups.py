@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...program import Tree
-from ..base import set_fields
 from .base import OptaxSchedule, joined
 from .transitions import cosine, exponential, odd_decay, odd_exponent, polynomial
 
@@ -110,10 +109,6 @@ class warmup_exponential_decay_schedule(OptaxSchedule):
     transition_begin: int = 0
     staircase: bool = False
     end_value: float | None = None
-
-    def check(self) -> None:
-        super().check()
-        set_fields(self, staircase=bool(self.staircase))
 
     def oddity(self) -> str | None:
         if self.warmup_steps < 0:

@@ -14,12 +14,12 @@ from math import inf, isclose
 from typing import NamedTuple
 
 from ... import landmarks
-from ...program import Product, Tree, evaluate_at, pack
+from ...program import Product, Tree
 from .. import checks
 from ..base import Schedule, set_fields
-from ..library import LibrarySchedule
-from ..nodes import after, flat, half_cosine, in_turn, phases
-from .base import ELSE_TABULATE, Chainable, Failure, TorchSchedule, is_reached
+from ..library import Failure, LibrarySchedule
+from ..nodes import after, flat, half_cosine, held, in_turn, phases, until
+from .base import ELSE_TABULATE, Chainable, TorchSchedule, is_reached
 from .cycles import CosineAnnealingLR, CyclicLR
 from .functions import MultiplicativeLR
 from .one_cycle import OneCycleLR
@@ -175,7 +175,7 @@ class SequentialLR(TorchSchedule):
     def _companion_pieces(self, name: str, children: list[dict[str, Tree]]) -> Iterator[tuple[int, Tree]]:
         # All constructors have run: the last of them has set the first value.
         built_last = [child[name] for child in children if name in child][-1]
-        previous: tuple[int, Tree] = 0, flat(evaluate_at(pack(built_last), 0.0))
+        previous: tuple[int, Tree] = 0, held(built_last, 0)
         for phase in self._phases():
             failure = phase.failure()
             own = phase.schedule.lower_companions() if isinstance(phase.schedule, LibrarySchedule) else {}
@@ -256,7 +256,7 @@ class ChainedScheduler(TorchSchedule):
 
     def oddity(self) -> str | None:
         if not self._cosines or self._others_end_in_time:
-            return super().oddity()
+            return None
         steps = self._cosine_steps
         return (
             f"from update {steps + 1} on torch adds to the rate instead of multiplying it, and this schedule stays at "
@@ -293,7 +293,7 @@ class ChainedScheduler(TorchSchedule):
             tree = phases([tree, anew], [after(steps)])
         failure = self.failure()
         if failure is not None:
-            tree = phases([tree, _held(0, tree, before=failure.update)], [failure.update])
+            tree = until(tree, failure.update)
         return tree
 
     def lower_companions(self) -> dict[str, Tree]:
@@ -326,4 +326,4 @@ def _in_turn(pieces: list[tuple[int, Tree]]) -> Tree:
 
 def _held(begin: int, tree: Tree, *, before: int) -> Tree:
     """The value that a tree which begins at `begin` has one update before `before`, for good."""
-    return flat(evaluate_at(pack(tree), float(before - 1 - begin)))
+    return held(tree, before - 1 - begin)

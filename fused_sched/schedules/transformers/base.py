@@ -7,16 +7,12 @@ from math import inf
 
 from ...program import Clamp, Curve, Tree
 from ..library import LibrarySchedule
-from ..plain_numbers import make_numbers_plain
 
 
 class TransformersSchedule(LibrarySchedule, library="transformers", abstract=True):
     """A schedule of Hugging Face transformers: `base_lr * factor(t)`."""
 
     base_lr: float
-
-    def check(self) -> None:
-        make_numbers_plain(self)
 
     @abstractmethod
     def factor(self) -> Tree:

@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from math import inf
 
 from ...program import Curve, Tree
+from ..library import Failure
 from ..nodes import after, flat, phases
 from .base import ReadsTheDefaultRate, TransformersSchedule, warmup
 
@@ -132,13 +133,14 @@ class get_polynomial_decay_schedule_with_warmup(ReadsTheDefaultRate):
                 f"and {self.num_warmup_steps}, with power={self.power}; the first update divides by zero"
             )
 
+    def failure(self) -> Failure | None:
+        if self._error_step == inf:
+            return None
+        rule = f"let num_training_steps exceed num_warmup_steps={self.num_warmup_steps}"
+        return Failure(int(self._error_step), "ZeroDivisionError", f"{rule}, and power={self.power} be more than 0")
+
     def oddity(self) -> str | None:
         w, n = self.num_warmup_steps, self.num_training_steps
-        if self._error_step < inf:
-            return (
-                f"transformers raises ZeroDivisionError at step {n}, here the rate before is held; let "
-                f"num_training_steps exceed num_warmup_steps={w}, and power={self.power} be more than 0"
-            )
         if n < w:
             return (
                 f"num_training_steps={n} lies inside num_warmup_steps={w}: the rate drops to lr_end={self.lr_end} "
@@ -213,13 +215,11 @@ class get_inverse_sqrt_schedule(TransformersSchedule):
         divides_by_zero = self._timescale == 0 or self._timescale == self.num_warmup_steps
         raise ZeroDivisionError(message) if divides_by_zero else ValueError(message)
 
-    def oddity(self) -> str | None:
+    def failure(self) -> Failure | None:
         if self._error_step == inf:
             return None
-        return (
-            f"timescale={self._timescale}: transformers raises an arithmetic error at step {self._error_step}, here "
-            "the rate before is held; use a positive timescale"
-        )
+        error = f"an arithmetic error, as timescale={self._timescale},"
+        return Failure(int(self._error_step), error, "use a positive timescale")
 
     def factor(self) -> Tree:
         w, scale = self.num_warmup_steps, self._timescale

@@ -6,6 +6,7 @@ import math
 from dataclasses import KW_ONLY, dataclass
 
 from ...program import Clock, Curve, Tree
+from ..library import Failure
 from ..nodes import flat, phases
 from .base import TransformersSchedule
 
@@ -74,16 +75,16 @@ class get_wsd_schedule(TransformersSchedule):
                     f"{self.word}: {name} must be one of {', '.join(map(repr, _SHAPES))}, got {getattr(self, name)!r}"
                 )
 
+    def failure(self) -> Failure | None:
+        if self._error_step is None:
+            return None
+        return Failure(self._error_step, "ValueError", f"let num_warmup_steps={self.num_warmup_steps} be whole")
+
     def oddity(self) -> str | None:
         if self.num_training_steps is not None and self.num_stable_steps is not None:
             return (
                 f"num_stable_steps={self.num_stable_steps} is used and num_training_steps={self.num_training_steps} is "
                 "not; give one of them"
-            )
-        if self._error_step is not None:
-            return (
-                f"transformers raises ValueError at step {self._error_step}, here the rate before is held; let "
-                f"num_warmup_steps={self.num_warmup_steps} be whole"
             )
         if self._stable_steps < 0:
             return (
