@@ -83,8 +83,8 @@ def _draw_norm(axes: Axes, recorded: npt.NDArray[np.void]) -> None:
     clipped = shown[shown["clip"] < 1.0]
     if len(clipped):
         share = len(clipped) / len(applied)
-        axes.plot(clipped["clock"], clipped["grad_norm"], ".", markersize=3, label=f"clipped ({share:.0%} of updates)")
-        axes.legend(fontsize="small", loc="upper right")
+        axes.plot(clipped["clock"], clipped["grad_norm"], ".", markersize=3, label=f"clipped: {share:.0%} of updates")
+        axes.legend(fontsize="small", loc="best")
     if (shown["grad_norm"] > 0.0).any():
         axes.set_yscale("log")
     axes.set_ylabel("gradient norm")
@@ -106,4 +106,4 @@ def _label_skips(axes: Axes, recorded: npt.NDArray[np.void]) -> None:
     if count:
         axes.plot([], [], color="tab:red", label=f"{count} skipped" if count > 1 else "skipped")
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize="small", loc="upper right")
+        axes.legend(fontsize="small", loc="best")

@@ -206,9 +206,7 @@ def recorded() -> np.ndarray:
 
 
 def test_picture_shows_rates_norms_and_skips(recorded: np.ndarray) -> None:
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    figure = matplotlib.figure.Figure()
+    figure = pytest.importorskip("matplotlib.figure").Figure()
     assert plot.history(recorded, figure) is figure
     rates, norms = figure.axes
     assert [line.get_ydata().tolist() for line in rates.lines[:2]] == [[1.0, 2.0, 3.0, 4.0], [0.1, 0.2, 0.3, 0.4]]
@@ -224,9 +222,8 @@ def test_picture_shows_rates_norms_and_skips(recorded: np.ndarray) -> None:
 
 
 def test_picture_without_norms_has_one_row(recorded: np.ndarray) -> None:
-    matplotlib = pytest.importorskip("matplotlib")
     recorded["grad_norm"] = nan
-    figure = plot.history(recorded, matplotlib.figure.Figure())
+    figure = plot.history(recorded, pytest.importorskip("matplotlib.figure").Figure())
     assert [axes.get_ylabel() for axes in figure.axes] == ["learning rate"]
     assert figure.axes[0].get_xlabel() == "update"
 
