@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from tolerances import TORCH_DRIFT
 from torch.optim import lr_scheduler
 
 from fused_sched import schedules
@@ -22,10 +23,6 @@ Config = tuple[str, dict[str, Any]]
 
 COMPOSITIONS = {"SequentialLR", "ChainedScheduler"}
 READS_NO_RATE = {"CyclicLR", "OneCycleLR"} | COMPOSITIONS
-
-#: Of the peak. torch multiplies step by step, and by 1e5 steps has drifted by up to 5e-13 from LinearLR's closed form
-#: and by up to 8e-13 from CosineAnnealingLR's of some periods.
-TOLERANCE = 4e-12
 
 
 @dataclass
@@ -97,7 +94,7 @@ def continued(values: list[float], length: int) -> npt.NDArray[np.float64]:
 
 
 def assert_same(
-    schedule: Schedule, live: Run, num_updates: int, tolerance: float = TOLERANCE, *, least_peak: float = 0.0
+    schedule: Schedule, live: Run, num_updates: int, tolerance: float = TORCH_DRIFT, *, least_peak: float = 0.0
 ) -> None:
     """Rates and momenta of all updates, those after torch's error included, where the last rate is held.
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from live_torch import Config, Run, assert_same, assert_survives, build, continued, optimizer, outcome, quietly, run
+from tolerances import FEW_STEPS, FLOAT32_RATE, ROUNDING
 from torch.optim import lr_scheduler
 from torch_configs import FACTORS, SETTERS, examples, rates, sequences
 
@@ -104,7 +105,7 @@ def test_a_changed_rate_stays_where_torch_goes_on_from_it(config: Config, positi
     live = changed(config, position, factor)
     rate = live.optimizer.param_groups[0]["lr"]
     schedule = converted(live, num_steps=AHEAD)
-    assert math.isclose(schedule(0), rate, rel_tol=1e-12, abs_tol=1e-15)
+    assert math.isclose(schedule(0), rate, rel_tol=FEW_STEPS["rel"], abs_tol=FEW_STEPS["abs"])
     assert_continues(live, schedule)
 
 
@@ -157,7 +158,8 @@ def test_rates_in_a_tensor() -> None:
     assert schedule == schedules.torch.CosineAnnealingWarmRestarts(9, base_lr=float(torch.tensor(0.1))).shifted(-5)
     done = run(live, 9)
     assert all(
-        math.isclose(got, value, rel_tol=1e-6) for got, value in zip(schedule(range(9)), done.rates, strict=True)
+        math.isclose(got, value, rel_tol=FLOAT32_RATE)
+        for got, value in zip(schedule(range(9)), done.rates, strict=True)
     )
 
 
@@ -211,8 +213,8 @@ def test_the_momentum_comes_along() -> None:
         engine = opt._devices.first
         assert engine is not None
         lr, beta1 = engine._values[0].tolist()[:2]
-        assert math.isclose(lr, done.rates[update], rel_tol=1e-12)
-        assert math.isclose(beta1, done.momenta[update], rel_tol=1e-12)
+        assert math.isclose(lr, done.rates[update], rel_tol=FEW_STEPS["rel"])
+        assert math.isclose(beta1, done.momenta[update], rel_tol=FEW_STEPS["rel"])
 
 
 def test_a_plateau_stands_where_it_stood() -> None:
@@ -277,7 +279,7 @@ def test_a_factory_of_transformers_with_groups_of_other_rates() -> None:
     for _ in range(AHEAD):
         rates.append(opt.param_groups[1]["lr"])
         live.step()
-    assert schedule(range(AHEAD)).tolist() == pytest.approx(rates, rel=1e-12, abs=1e-15)
+    assert schedule(range(AHEAD)).tolist() == pytest.approx(rates, **FEW_STEPS)
 
 
 def test_a_factory_of_transformers_in_a_sequence() -> None:
@@ -325,9 +327,9 @@ def test_schedulers_of_deepspeed(config: Config, position: int) -> None:
     done = run(live, AHEAD)
     # DeepSpeed's own formulas: no recursion, another order of operations at most.
     expected = continued(done.rates, AHEAD)
-    assert abs(schedule(range(AHEAD)) - expected).max() <= 1e-13 * abs(expected).max()
+    assert abs(schedule(range(AHEAD)) - expected).max() <= ROUNDING * abs(expected).max()
     if schedule.companions:
-        assert schedule.companions["beta1"](range(AHEAD)).tolist() == pytest.approx(done.momenta, rel=1e-13)
+        assert schedule.companions["beta1"](range(AHEAD)).tolist() == pytest.approx(done.momenta, rel=ROUNDING)
 
 
 # What is refused.

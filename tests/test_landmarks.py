@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import ROUNDING
 
 from fused_sched import landmarks
 from fused_sched.program import Clamp, Clock, Curve, Join, Product, Repeat, Sum, Tree, evaluate, pack
@@ -56,7 +57,7 @@ def test_the_largest_value_is_among_the_extremes(tree: Tree) -> None:
     assert set(candidates) <= set(SHOWN.tolist())
     # The crests of a wave differ by the rounding of t / length, t being 400 at most.
     found, largest = (np.abs(evaluate(program, at)).max() for at in (candidates, SHOWN))
-    assert found >= largest * (1.0 - 1e-13)
+    assert found >= largest * (1.0 - ROUNDING)
 
 
 @property_test

@@ -22,13 +22,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import ROUNDING
 
 from fused_sched import schedules
 from fused_sched._warnings import ScheduleWarning
 from fused_sched.schedules import Schedule
-
-#: Of the peak: the two round in another order, by a few units in the last place each.
-TOLERANCE = 1e-13
 
 MODULES = {
     "CosineLRScheduler": "cosine_lr",
@@ -115,7 +113,7 @@ def assert_as_live(name: str, config: Config, updates: Iterable[int]) -> None:
     else:
         assert schedule.failure() is None or schedule.failure().update > max(updates)
     error = np.abs(schedule(compared) - np.array(expected))
-    assert error.max() <= TOLERANCE * np.abs(expected).max(), compared[int(np.argmax(error))]
+    assert error.max() <= ROUNDING * np.abs(expected).max(), compared[int(np.argmax(error))]
 
 
 rates = st.sampled_from([0.1, 1.0, 3e-4]) | st.floats(1e-6, 10.0)

@@ -7,7 +7,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from live_torch import (
     COMPOSITIONS,
-    TOLERANCE,
     Config,
     assert_same,
     assert_survives,
@@ -18,6 +17,7 @@ from live_torch import (
     quietly,
     run,
 )
+from tolerances import TORCH_COSINE_DRIFT
 from torch_configs import (
     CONSTANT,
     FACTORS,
@@ -35,14 +35,14 @@ from fused_sched import schedules
 from fused_sched._warnings import ScheduleWarning
 
 
-def assert_same_as_torch(config: Config, base_lr: float, tolerance: float = TOLERANCE) -> None:
+def assert_same_as_torch(config: Config, base_lr: float) -> None:
     live = outcome(build, config, optimizer(base_lr))
     schedule = outcome(quietly, ours, config, base_lr, UPDATES)
     if isinstance(live, Exception) or isinstance(schedule, Exception):
         assert type(schedule) is type(live), (schedule, live)
         return
     done = run(live, UPDATES)
-    assert_same(schedule, done, UPDATES, tolerance)
+    assert_same(schedule, done, UPDATES)
     failure = schedule.failure()
     if failure is not None and failure.update < UPDATES:
         assert (failure.update, failure.error) == (len(done.rates), type(done.error).__name__)
@@ -106,21 +106,12 @@ def test_a_hundred_thousand_steps(config: Config) -> None:
     assert_same(schedule, run(build(config, optimizer()), 100_001), 100_001)
 
 
-@pytest.mark.parametrize(
-    ("T_max", "eta_min", "tolerance"),
-    [
-        # cos(math.pi * t / T) has lost the digits of math.pi * t / T by then: measured 3.5e-11 and 4.5e-11.
-        (10, 0.0, 1e-10),
-        (1000, 0.0, 1e-10),
-        # torch rises from lr - eta_min, which at its first step is 3e-9 of the rate: measured 2.7e-10.
-        (30_000, 1e-4, 1e-9),
-    ],
-)
-def test_a_cosine_after_its_minimum(T_max: int, eta_min: float, tolerance: float) -> None:
+@pytest.mark.parametrize(("T_max", "eta_min"), TORCH_COSINE_DRIFT)
+def test_a_cosine_after_its_minimum(T_max: int, eta_min: float) -> None:
     config = ("CosineAnnealingLR", {"T_max": T_max, "eta_min": eta_min})
     schedule = quietly(ours, config, 0.1, 1)
     live = run(build(config, optimizer()), 100_001)
-    assert_same(schedule, live, 100_001, tolerance)
+    assert_same(schedule, live, 100_001, TORCH_COSINE_DRIFT[T_max, eta_min])
 
 
 # Compositions.

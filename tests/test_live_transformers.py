@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import ROUNDING
 from transformers import optimization
 from transformers.trainer_utils import SchedulerType
 
@@ -129,7 +130,7 @@ def test_values_errors_and_warnings(name: str, data: st.DataObject) -> None:
         return
     ours, odd = ours_of(name, **arguments)
     got = ours(range(len(expected)))
-    assert np.abs(got - expected).max() <= 1e-13 * np.abs(expected).max()
+    assert np.abs(got - expected).max() <= ROUNDING * np.abs(expected).max()
 
     if error is not None:
         assert ours([len(expected), len(expected) + 1000]).tolist() == [got[-1]] * 2, "held from the error on"

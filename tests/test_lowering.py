@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 from core_library import core
+from tolerances import ROUNDING
 
 from fused_sched.program import Curve, Repeat, Sum, pack
 from fused_sched.schedules.nodes import after, flat, line, phases
@@ -34,7 +35,7 @@ def test_timm_k_decay_and_falling_cycles() -> None:
         u = ((t - begin) ** k) / length**k
         expected.append(floor + 0.5 * (lr * decay**cycle - floor) * (1 + math.cos(math.pi * u)))
     got = core().evaluate(pack(Sum((peaks, floors))), steps)
-    assert np.abs(got - expected).max() <= 1e-13 * lr
+    assert np.abs(got - expected).max() <= ROUNDING * lr
 
 
 def test_poly_with_k_decay_needs_the_complement() -> None:
@@ -42,7 +43,7 @@ def test_poly_with_k_decay_needs_the_complement() -> None:
     curve = Curve("power", limit=50.0, divisor=50.0, exponent=1.5, complement=True, p=0.9, scale=0.2)
     t = np.arange(60)
     expected = 0.2 * (1.0 - (np.minimum(t, 50) / 50) ** 1.5) ** 0.9
-    assert np.abs(core().evaluate(pack(curve), t) - expected).max() <= 1e-15
+    assert np.abs(core().evaluate(pack(curve), t) - expected).max() <= ROUNDING * 0.2
 
 
 def test_restarts_by_saw_teeth_round_as_transformers_does() -> None:
@@ -52,7 +53,7 @@ def test_restarts_by_saw_teeth_round_as_transformers_does() -> None:
     got = core().evaluate(pack(teeth_of), np.arange(total))
     teeth = [(float(num_cycles) * (float(t) / float(total))) % 1.0 for t in range(total)]
     expected = [lr * max(0.0, 0.5 * (1.0 + math.cos(math.pi * u))) for u in teeth]
-    assert np.abs(got - expected).max() <= 1e-13 * lr
+    assert np.abs(got - expected).max() <= ROUNDING * lr
     late = 29 * total // num_cycles
     assert teeth[late] > 0.999
     assert got[late] < 1e-6 * lr

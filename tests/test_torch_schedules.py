@@ -63,6 +63,10 @@ def test_growth_ends_at_the_largest_double(config: Config) -> None:
             lambda: T.SequentialLR([T.ReduceLROnPlateau(base_lr=0.1), STEP_OURS], [9]),
             r"schedulers\[0\] must not need a metric",
         ),
+        (
+            lambda: T.ChainedScheduler([schedules.transformers.GreedyLR(base_lr=0.1)]),
+            r"schedulers\[0\] must not need a metric",
+        ),
         (lambda: T.CyclicLR(0.1, 0.2, scale_fn=abs), "scale_fn must be None.*from_callable"),
         (lambda: T.CyclicLR(0.1, 0.2, mode="square"), "mode must be one of"),
         (lambda: T.ConstantLR(1.5, base_lr=0.1), r"factor must be in \[0, 1\], got 1.5"),
@@ -138,6 +142,8 @@ def test_odd_but_run_as_torch_runs_it(function: Any, message: str) -> None:
 def test_resumed_is_of_a_library() -> None:
     with pytest.raises(TypeError, match=r"use \.shifted\(-updates\)"):
         T.Resumed(schedules.constant(0.1), 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"ReduceLROnPlateau cannot be a part of torch\.Resumed"):
+        T.Resumed(T.ReduceLROnPlateau(base_lr=0.1), 3)
     with pytest.raises(ValueError, match="updates must be at least 0, got -1"):
         T.Resumed(schedules.torch.CyclicLR(0.1, 0.2), -1)
 

@@ -10,6 +10,9 @@ from ...program import Clock, Curve, Tree
 from ..nodes import flat
 from .base import OptaxSchedule
 
+#: Start, steps, rate, begin, staircase and end of an exponential decay.
+Decay = tuple[float, float, float, float, bool, float | None]
+
 
 def polynomial(start: float, end: float, power: float, steps: float, begin: float = 0) -> Tree:
     """(start - end) * (1 - clip(t - begin, 0, steps) / steps)^power + end; `start` for ever where steps <= 0."""
@@ -143,25 +146,16 @@ class exponential_decay(OptaxSchedule):
     staircase: bool = False
     end_value: float | None = None
 
+    @property
+    def _decay(self) -> Decay:
+        begin, end = self.transition_begin, self.end_value
+        return self.init_value, self.transition_steps, self.decay_rate, begin, self.staircase, end
+
     def oddity(self) -> str | None:
-        return odd_decay(
-            self.init_value,
-            self.transition_steps,
-            self.decay_rate,
-            self.transition_begin,
-            self.staircase,
-            self.end_value,
-        )
+        return odd_decay(*self._decay)
 
     def lower(self) -> Tree:
-        return exponential(
-            self.init_value,
-            self.transition_steps,
-            self.decay_rate,
-            self.transition_begin,
-            self.staircase,
-            self.end_value,
-        )
+        return exponential(*self._decay)
 
 
 @dataclass(frozen=True, repr=False)

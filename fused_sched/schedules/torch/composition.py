@@ -18,6 +18,7 @@ from ...program import Product, Tree
 from .. import checks
 from ..base import Schedule, set_fields
 from ..library import Failure, LibrarySchedule
+from ..metric import MetricSchedule
 from ..nodes import after, flat, half_cosine, held, in_turn, phases, until
 from .base import ELSE_TABULATE, Chainable, TorchSchedule, is_reached
 from .cycles import CosineAnnealingLR, CyclicLR
@@ -313,7 +314,7 @@ def _check_schedulers(word: str, got: object) -> tuple[Schedule, ...]:
     for i, child in enumerate(got):
         if not isinstance(child, Schedule):
             raise TypeError(f"{word}: schedulers[{i}] must be a schedule, got {child!r}; see schedules.torch")
-        if child.word == "torch.ReduceLROnPlateau":
+        if isinstance(child, MetricSchedule):
             raise ValueError(f"{word}: schedulers[{i}] must not need a metric, got {child!r}, as in torch")
     return tuple(got)
 
