@@ -74,12 +74,12 @@ py::dict layouts() {
   all["group"] = group;
   all["values"] = layout(sizeof(GroupValues), FS_FIELD(GroupValues, lr), FS_FIELD(GroupValues, beta1),
                          FS_FIELD(GroupValues, beta2), FS_FIELD(GroupValues, weight_decay));
-  all["norm"] = layout(sizeof(NormState), FS_FIELD(NormState, max_norm), FS_FIELD(NormState, grad_divisor),
-                       FS_FIELD(NormState, squares), FS_FIELD(NormState, sum_root), FS_FIELD(NormState, norm),
-                       FS_FIELD(NormState, clip), FS_FIELD(NormState, skip_nonfinite),
-                       FS_FIELD(NormState, blocks_done));
-  all["square_sum"] = layout(sizeof(SquareSum), FS_FIELD(SquareSum, middle), FS_FIELD(SquareSum, large),
-                             FS_FIELD(SquareSum, small));
+  all["norm"] =
+      layout(sizeof(NormState), FS_FIELD(NormState, max_norm), FS_FIELD(NormState, grad_divisor),
+             FS_FIELD(NormState, squares), FS_FIELD(NormState, sum_root), FS_FIELD(NormState, norm),
+             FS_FIELD(NormState, clip), FS_FIELD(NormState, skip_nonfinite), FS_FIELD(NormState, blocks_done));
+  all["square_sum"] =
+      layout(sizeof(SquareSum), FS_FIELD(SquareSum, middle), FS_FIELD(SquareSum, large), FS_FIELD(SquareSum, small));
   all["history"] = layout(sizeof(History), FS_FIELD(History, rows), FS_FIELD(History, row_length),
                           FS_FIELD(History, num_groups), FS_FIELD(History, count), FS_FIELD(History, row));
   all["arena"] = layout(sizeof(fs_arena));

@@ -50,9 +50,9 @@ struct fs_call {
   const fused_sched::GroupRecord* groups;
   fused_sched::GroupValues* values;
   int64_t num_groups;
-  fused_sched::ScalarSlot* scalars;  // num_tensors
-  const float* found_inf;            // null: none
-  const float* grad_scale;           // null: none
+  fused_sched::ScalarSlot* scalars;    // num_tensors
+  const float* found_inf;              // null: none
+  const float* grad_scale;             // null: none
   fused_sched::NormState* norm;        // null: gradients are neither clipped nor checked
   fused_sched::SquareSum* chunk_sums;  // scratch of fs_norm: num_norm_chunks(call)
   fused_sched::History* history;       // null: nothing is recorded

@@ -68,9 +68,7 @@ FS_HD void add_square(double& middle, double element) {
 }
 
 // What a double adds to each of the three sums; a NaN compares false and goes to the middle.
-FS_HD bool is_extreme(double element) {
-  return (fabs(element) > kLargeElement) | (fabs(element) < kSmallElement);
-}
+FS_HD bool is_extreme(double element) { return (fabs(element) > kLargeElement) | (fabs(element) < kSmallElement); }
 
 FS_HD double middle_square(double element) { return is_extreme(element) ? 0.0 : element * element; }
 

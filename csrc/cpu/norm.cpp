@@ -48,8 +48,8 @@ void sum_norm(const fs_call& call) {
     const DefaultFloatEnvironment environment;
     const int64_t first_chunk = run * chunks_per_run;
     const int64_t last_chunk = std::min(first_chunk + chunks_per_run, num_chunks);
-    size_t index = static_cast<size_t>(std::upper_bound(chunk_end.begin(), chunk_end.end(), first_chunk) -
-                                       chunk_end.begin());
+    size_t index =
+        static_cast<size_t>(std::upper_bound(chunk_end.begin(), chunk_end.end(), first_chunk) - chunk_end.begin());
     for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
       while (chunk >= chunk_end[index]) ++index;  // past the end of this tensor; empty ones have no chunk
       const fs_tensor& tensor = call.tensors[index];

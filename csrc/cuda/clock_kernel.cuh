@@ -75,8 +75,8 @@ FS_DEVICE void begin_call(const CallTable& table) {
   if (table.history != nullptr && works) record_groups(table, skipped);
 }
 
-// The first kClockThreads threads each take consecutive tensors, because neighbours share group and step more often than
-// not, and then their scalars, which cost two powers.
+// The first kClockThreads threads each take consecutive tensors, because neighbours share group and step more often
+// than not, and then their scalars, which cost two powers.
 FS_DEVICE void advance_tensors(const CallTable& table) {
   if (threadIdx.x >= kClockThreads || table.num_runs == 0) return;
   const CallRun* const runs = table.runs();

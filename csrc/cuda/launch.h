@@ -5,7 +5,8 @@
 
 namespace fused_sched {
 
-// How many blocks of a kernel the current device runs at once; asked once per kernel and device. Asking loads the kernel.
+// How many blocks of a kernel the current device runs at once; asked once per kernel and device. Asking loads the
+// kernel.
 int resident_blocks(const void* kernel, int num_threads, int device);
 
 inline cudaStream_t stream_of(const fs_call& call) { return reinterpret_cast<cudaStream_t>(call.stream); }

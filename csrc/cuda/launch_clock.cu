@@ -58,7 +58,8 @@ std::vector<CallGrad> make_grads(const fs_call& call, int64_t chunk_length) {
     const int64_t num_chunks = num_norm_chunks(tensor, chunk_length);
     const int64_t last_length = tensor.numel - (num_chunks - 1) * chunk_length;
     end += num_chunks;
-    grads.push_back({tensor.grad, static_cast<int32_t>(end), static_cast<uint32_t>(last_length * 4) + tensor.grad_format});
+    grads.push_back(
+        {tensor.grad, static_cast<int32_t>(end), static_cast<uint32_t>(last_length * 4) + tensor.grad_format});
   }
   return grads;
 }

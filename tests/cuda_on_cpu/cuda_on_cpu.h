@@ -4,8 +4,8 @@
 // vectors, ThreadSanitizer races between CUDA threads.
 //
 // Offered is what the kernels use: one-dimensional grids, __syncthreads, shuffles of whole warps, static shared memory,
-// an atomic add, 16-byte and streaming accesses, and the runtime calls of the launcher. Blocks run one after another, so
-// fences do nothing and a missing one goes unnoticed. Not modelled: several streams.
+// an atomic add, 16-byte and streaming accesses, and the runtime calls of the launcher. Blocks run one after another,
+// so fences do nothing and a missing one goes unnoticed. Not modelled: several streams.
 #pragma once
 
 #include <stddef.h>
