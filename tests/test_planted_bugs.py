@@ -79,7 +79,7 @@ BUGS = {
         NORM,
         "    __syncthreads();\n    if (thread < half)",
         "    if (thread < half)",
-        "thread",
+        "",
     ),
     "large doubles not scaled": ("core/norm.h", "? element * kShrink : 0.0", "? element : 0.0", ""),
     "not finite, and not skipped": (CLOCK, "norm != nullptr && refuses_step(*norm)", "false", ""),
