@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import arena, hyperparameters
+from . import arena, conversion, hyperparameters
 from . import state as states
 from ._warnings import warn_schedule
 
 if TYPE_CHECKING:
     from .groups import GroupRecord
     from .optimizer import FusedScheduledAdam
-
-#: State that torch's AdamW knows, plus the masters.
-_PORTABLE_STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
 
 #: Options that the live optimizer decides, whatever the checkpoint says.
 _LIVE_WINS = (
@@ -59,7 +56,7 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
     packed: dict[Any, Any] = {}
     for key, value in optimizer.state.items():
         if portable and isinstance(value, states.ParamState):
-            value = {slot: value[slot] for slot in _PORTABLE_STATE if slot in value}
+            value = conversion.portable(key, value)
         if isinstance(key, torch.Tensor):
             if id(key) not in numbers:
                 raise RuntimeError(
@@ -98,7 +95,7 @@ def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
     saved_state = state_dict["state"]
     sources = {key: saved_state[key] for key in keys if key in saved_state}
     for param, key in zip(params, keys, strict=True):
-        states.check_source(param, sources.get(key, {}))
+        conversion.check_source(param, sources.get(key, {}))
     largest_step = _largest_step(sources.values())
     # With more steps than we counted, another optimizer went on: its rate is not a factor of our schedule.
     ours = all(largest_step == group.get("clock_step", largest_step) for group in saved_groups)

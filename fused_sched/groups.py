@@ -15,7 +15,7 @@ from .schedules.metric import MetricSchedule
 
 #: Options whose values decide a group's settings.
 _READ = ("lr", "lr_reference", "betas", "eps", "weight_decay", "weight_decay_reference", "decoupled_weight_decay",
-         "maximize", "master", "moments")  # fmt: skip
+         "amsgrad", "maximize", "master", "moments")  # fmt: skip
 
 
 @dataclass

@@ -171,7 +171,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     _check_number("weight_decay", options["weight_decay"], 0.0, math.inf)
     for name in ("decoupled_weight_decay", "amsgrad", "maximize"):
         check_flag(name, options[name])
-    precision.check_names(options["master"], options["moments"])
+    precision.check_names(options["master"], options["moments"], options["amsgrad"])
 
 
 def _check_number(name: str, got: Any, low: float, high: float) -> None:
@@ -193,7 +193,7 @@ def check_seed(got: Any) -> int:
     """The seed of stochastic rounding as an int."""
     if isinstance(got, bool) or not isinstance(got, Integral):
         raise TypeError(f"seed must be an int, got {got!r} of type {type(got).__name__}; pass int(...) of it")
-    return int(got)
+    return int(got) & (2**64 - 1)
 
 
 def check_grad_divisor(got: Any) -> float:

@@ -16,7 +16,8 @@ from cuda_on_cpu.memory import GroupSpec, Problem, TensorSpec, chunk_lengths
 
 pytest_plugins = ["cuda_on_cpu.fixtures"]
 
-ENTRIES = 2040  # gradients and runs of one launch, 16 bytes each (CallTable::kPoolBytes)
+GRADS = 2039  # of one launch: 16 bytes each, 24 each run of tensors (CallTable::kPoolBytes)
+RUNS = 1359
 UPDATE_CAPACITY = 1032
 FORMATS = ("fp32", "bf16", "fp16", "fp64")
 
@@ -95,7 +96,7 @@ def test_sum_of_squares_to_the_last_bit(library: abi.Library) -> None:
 
 def test_same_bits_for_any_grid_order_and_table(library: abi.Library) -> None:
     results = set()
-    for device, num_sms, seed, empty in ((20, 1, 0, 0), (21, 3, 1, 0), (22, 50, 2, 2 * ENTRIES)):
+    for device, num_sms, seed, empty in ((20, 1, 0, 0), (21, 3, 1, 0), (22, 50, 2, 2 * RUNS)):
         library.set_machine(num_devices=23, num_sms=num_sms, blocks_per_sm=1)
         library.set_seed(seed)
         specs = mixed_specs()
@@ -191,12 +192,13 @@ def launches(library: abi.Library, problem: Problem, norm: bool) -> int:
 
 
 def in_one_arena(problem: Problem) -> Problem:
-    """Step records one after the other, as the package allocates them."""
+    """Step records and ordinals one after the other, as the package gives them."""
     records = np.zeros(len(problem.specs), abi.STEP_RECORD)
     make = problem.call
 
     def call(*arguments: object, **options: object) -> abi.Call:
         made = make(*arguments, **options)  # type: ignore[arg-type]
+        problem.tensor_table["ordinal"] = np.arange(len(records))
         problem.tensor_table["step"] = records.ctypes.data + abi.STEP_RECORD.itemsize * np.arange(len(records))
         return made
 
@@ -221,7 +223,7 @@ def test_one_launch_more_for_a_further_format_and_a_further_thousand(library: ab
 
 @pytest.mark.parametrize(
     ("num_tensors", "num_arenas", "expected"),
-    [(ENTRIES - 1, 1, 1), (ENTRIES, 1, 2), (ENTRIES // 2, 0, 1), (ENTRIES // 2 + 1, 0, 2), (2 * ENTRIES, 0, 4)],
+    [(GRADS - 1, 1, 1), (GRADS, 1, 2), (815, 0, 1), (816, 0, 2), (2 * RUNS, 0, 4)],
 )
 def test_many_tensors_take_several_launches(
     library: abi.Library, num_tensors: int, num_arenas: int, expected: int

@@ -54,7 +54,7 @@ void sum_norm(const fs_call& call) {
       while (chunk >= chunk_end[index]) ++index;  // past the end of this tensor; empty ones have no chunk
       const fs_tensor& tensor = call.tensors[index];
       const int64_t first = (chunk - (index > 0 ? chunk_end[index - 1] : 0)) * length;
-      const uint64_t bytes = static_cast<uint64_t>(first * kBytesPerElement[tensor.grad_format]);
+      const uint64_t bytes = static_cast<uint64_t>(first * kFormatBytes[tensor.grad_format]);
       fs_square_sum sum;
       sum_squares(reinterpret_cast<const void*>(tensor.grad + bytes), std::min(length, tensor.numel - first),
                   tensor.grad_format, &sum);

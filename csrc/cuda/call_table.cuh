@@ -13,16 +13,19 @@ struct CallGrad {
   uint32_t detail;  // elements of the last chunk * 4 + Format
 };
 
-// Consecutive tensors that share group and compute type and whose step records follow one another in memory, as those
-// of one arena do. Runs keep the clock's part of the table short: a thousand tensors of three groups are three.
+// Consecutive tensors that share group and compute type, whose ordinals are consecutive, and whose step records follow
+// one another in memory, as those of one arena do. Runs keep the clock's part of the table short: a thousand tensors of
+// three groups are three.
 struct CallRun {
   uint64_t step;    // address of the first one's StepRecord
   int32_t end;      // index of the first tensor past the run
   uint32_t detail;  // group * 2 + whether they compute in double
+  uint32_t first_ordinal;
+  uint32_t reserved;
 };
 
 struct CallTable {
-  static constexpr int kHeaderBytes = 120;
+  static constexpr int kHeaderBytes = 128;
   static constexpr int kPoolBytes = (kMaxParameterBytes - kHeaderBytes) / 8 * 8;
 
   Clock* clock;
@@ -35,6 +38,7 @@ struct CallTable {
   SquareSum* chunk_sums;  // of the whole call
   History* history;       // null: record nothing
   int64_t chunk_length;   // elements
+  uint64_t seed;
   int32_t num_groups;
   int32_t first_tensor;  // of the first run, as index of the call
   int32_t num_grads;

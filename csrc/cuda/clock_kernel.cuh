@@ -113,6 +113,8 @@ FS_DEVICE void advance_tensors(const CallTable& table) {
       slot_step = step;
       slot_detail = detail;
     }
+    slot.random =
+        random_key(table.seed, table.clock->step, runs[run].first_ordinal + static_cast<uint32_t>(tensor - begin));
     table.scalars[tensor] = slot;
   }
 }

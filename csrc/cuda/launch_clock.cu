@@ -26,6 +26,7 @@ std::unique_ptr<CallTable> make_table(const fs_call& call) {
   table->norm = call.norm;
   table->chunk_sums = call.chunk_sums;
   table->history = call.history;
+  table->seed = call.seed;
   table->num_groups = static_cast<int32_t>(call.num_groups);
   table->norm_is_reduced = call.norm_is_reduced != 0;
   table->tick = call.tick != 0;
@@ -36,14 +37,16 @@ std::unique_ptr<CallTable> make_table(const fs_call& call) {
 std::vector<CallRun> make_runs(const fs_call& call) {
   std::vector<CallRun> runs;
   uint64_t next = 0;  // where the run's next step record would be
+  uint32_t next_ordinal = 0;
   for (int64_t i = 0; i < call.num_tensors; ++i) {
     const fs_tensor& tensor = call.tensors[i];
     const uint32_t detail = static_cast<uint32_t>(tensor.group) * 2 + (tensor.param_format == kFloat64);
-    if (runs.empty() || tensor.step != next || detail != runs.back().detail) {
-      runs.push_back({tensor.step, 0, detail});
+    if (runs.empty() || tensor.step != next || detail != runs.back().detail || tensor.ordinal != next_ordinal) {
+      runs.push_back({tensor.step, 0, detail, tensor.ordinal, 0});
     }
     runs.back().end = static_cast<int32_t>(i + 1);
     next = tensor.step + sizeof(StepRecord);
+    next_ordinal = tensor.ordinal + 1;
   }
   return runs;
 }

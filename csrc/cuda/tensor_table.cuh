@@ -10,13 +10,14 @@ namespace fused_sched {
 // kUpdateThreads * (elements per thread) elements. 31 bytes a tensor.
 struct UpdateTable {
   static constexpr int kBytesPerTensor = 31;
-  static constexpr int kHeaderBytes = kMaxArenas * sizeof(fs_arena) + 16;
+  static constexpr int kHeaderBytes = kMaxArenas * sizeof(fs_arena) + 24;
   static constexpr int kCapacity = (kMaxParameterBytes - kHeaderBytes) / kBytesPerTensor / 8 * 8;
 
   fs_arena arena[kMaxArenas];
   const ScalarSlot* scalars;
   int32_t num_tensors;
   int32_t num_tiles;
+  int32_t grad_format;  // Format
   uint64_t param[kCapacity];
   uint64_t grad[kCapacity];
   uint32_t state_block[kCapacity];       // offset into the arena, in units of kPadding elements
@@ -26,7 +27,7 @@ struct UpdateTable {
   uint8_t arena_index[kCapacity];
 };
 static_assert(sizeof(UpdateTable) <= kMaxParameterBytes, "");
-static_assert(kUpdateThreads * kElementsPerThread <= UINT16_MAX, "last_tile_length");
+static_assert(kUpdateThreads * kMaxElementsPerThread <= UINT16_MAX, "last_tile_length");
 
 // The index of the tensor that holds a tile; `first` is known not to be past it.
 FS_DEVICE int find_tensor(const UpdateTable& table, int tile, int first) {
