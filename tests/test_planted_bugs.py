@@ -49,7 +49,7 @@ BUGS = {
         "",
     ),
     "gradients read as bf16": (INSTANCE, "default: return load_grad<Float16", "default: return load_grad<Bfloat16", ""),
-    "ordinals of another launch": (LAUNCH, "table->ordinal[row] = tensor.ordinal;", "table->ordinal[row] = 0;", ""),
+    "ordinals counted from the launch": (CLOCK, "runs[run].first_ordinal + ", "", ""),
     "threads beyond the end work": (UPDATE, "if (at.count <= 0) return;", "", ""),
     "first tile of a tensor taken for the one before": (
         "cuda/tensor_table.cuh",
