@@ -18,7 +18,6 @@ pytest_plugins = ["cuda_on_cpu.fixtures"]
 
 GRADS = 2039  # of one launch: 16 bytes each, 24 each run of tensors (CallTable::kPoolBytes)
 RUNS = 1359
-UPDATE_CAPACITY = 1024
 FORMATS = ("fp32", "bf16", "fp16", "fp64")
 
 
