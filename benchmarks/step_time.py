@@ -1,4 +1,5 @@
-"""Time of one optimizer step on the CPU against torch's fused AdamW in fp32, in alternation in one process.
+"""Time of one optimizer step on the CPU against torch's fused AdamW in fp32, in alternation in one process: the step
+alone, and with gradients clipped by their norm (`clip_grad_norm_` there, `max_grad_norm=1.0` here).
 
     python benchmarks/step_time.py [--threads N] [--json FILE]
 
@@ -13,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,19 +86,30 @@ def main() -> None:
     lr = schedules.warmup_cosine(1e-3, warmup_steps=10, total_steps=1000)
     results = []
     print(f"torch {torch.__version__}, {arguments.threads} threads, median of alternating steps\n")
-    print(f"{'case':45} {'fused_sched ms':>15} {'torch fused ms':>15} {'torch/ours':>11} {'processor':>10}")
-    for name, num_tensors, numel, rounds, formats in CASES:
+    print(f"{'case':49} {'fused_sched ms':>15} {'torch fused ms':>15} {'torch/ours':>11} {'processor':>10}")
+    for (name, num_tensors, numel, rounds, formats), clips in product(CASES, (False, True)):
         master, moments = formats or ("auto", "fp32")
         params = parameters(num_tensors, numel, torch.float32 if formats is None else torch.bfloat16)
-        ours = FusedScheduledAdam(params, lr=lr, weight_decay=0.01, master=master, moments=moments)
-        theirs = torch.optim.AdamW(parameters(num_tensors, numel), lr=1e-3, weight_decay=0.01, fused=True)
-        ours_times, theirs_times = measure([ours.step, theirs.step], rounds)
+        max_grad_norm = 1.0 if clips else None
+        ours = FusedScheduledAdam(
+            params, lr=lr, weight_decay=0.01, master=master, moments=moments, max_grad_norm=max_grad_norm
+        )
+        their_params = parameters(num_tensors, numel)
+        theirs = torch.optim.AdamW(their_params, lr=1e-3, weight_decay=0.01, fused=True)
+
+        def their_step(params=their_params, optimizer=theirs, clips=clips) -> None:
+            if clips:
+                torch.nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+
+        ours_times, theirs_times = measure([ours.step, their_step], rounds)
         ours_ms, theirs_ms = (statistics.median(times.wall) * 1e3 for times in (ours_times, theirs_times))
         ratio = median_ratio(theirs_times.wall, ours_times.wall)
         processor_ratio = median_ratio(theirs_times.processor, ours_times.processor)
-        print(f"{name:45} {ours_ms:15.3f} {theirs_ms:15.3f} {ratio:11.2f} {processor_ratio:10.2f}")
+        case = f"clip + {name}" if clips else name
+        print(f"{case:49} {ours_ms:15.3f} {theirs_ms:15.3f} {ratio:11.2f} {processor_ratio:10.2f}")
         results.append(
-            {"case": name, "ours_ms": ours_ms, "torch_ms": theirs_ms, "ratio": ratio, "processor": processor_ratio}
+            {"case": case, "ours_ms": ours_ms, "torch_ms": theirs_ms, "ratio": ratio, "processor": processor_ratio}
         )
     if arguments.json:
         arguments.json.write_text(json.dumps({"torch": torch.__version__, "cases": results}, indent=2) + "\n")

@@ -22,7 +22,7 @@ NVCC_FLAGS = (
 ).split()
 
 # The element loops, once per instruction set; the fastest that the machine has is chosen at run time.
-ISA_SOURCE = "update_tile.cpp"
+ISA_SOURCES = ("norm_tile.cpp", "update_tile.cpp")
 X86_ISA_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512".split(),
     "avx2": "-mavx2 -mfma".split(),
@@ -71,7 +71,7 @@ def ninja_file(root: Path, folder: Path, compiler: CppCompiler, cuda: CudaToolki
     python = [f"-isystem{path}" for path in compiler.includes]
     objects = [graph.object("cpp", "csrc/binding.cpp", "_cpu", ["-DFS_MODULE=_cpu", *python])]
     for source in _sources(root, "csrc/cpu/*.cpp"):
-        if source.endswith(f"/{ISA_SOURCE}"):
+        if Path(source).name in ISA_SOURCES:
             objects += [
                 graph.object("cpp", source, isa, [f"-DFS_ISA={isa}", *flags]) for isa, flags in isa_flags.items()
             ]

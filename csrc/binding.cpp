@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "float_environment.h"
+#include "norm_chunks.h"
 #include "step.h"
 
 // 1 when FS_MODULE is _cpu.
@@ -73,6 +74,14 @@ py::dict layouts() {
   all["group"] = group;
   all["values"] = layout(sizeof(GroupValues), FS_FIELD(GroupValues, lr), FS_FIELD(GroupValues, beta1),
                          FS_FIELD(GroupValues, beta2), FS_FIELD(GroupValues, weight_decay));
+  all["norm"] =
+      layout(sizeof(NormState), FS_FIELD(NormState, max_norm), FS_FIELD(NormState, grad_divisor),
+             FS_FIELD(NormState, squares), FS_FIELD(NormState, sum_root), FS_FIELD(NormState, norm),
+             FS_FIELD(NormState, clip), FS_FIELD(NormState, skip_nonfinite), FS_FIELD(NormState, blocks_done));
+  all["square_sum"] =
+      layout(sizeof(SquareSum), FS_FIELD(SquareSum, middle), FS_FIELD(SquareSum, large), FS_FIELD(SquareSum, small));
+  all["history"] = layout(sizeof(History), FS_FIELD(History, rows), FS_FIELD(History, row_length),
+                          FS_FIELD(History, num_groups), FS_FIELD(History, count), FS_FIELD(History, row));
   all["arena"] = layout(sizeof(fs_arena));
   all["scalars"] = layout(sizeof(ScalarSlot));
   all["metric_rule"] =
@@ -154,10 +163,14 @@ PYBIND11_MODULE(FS_MODULE, module) {
       .FS_ADDRESS(scalars)
       .FS_ADDRESS(found_inf)
       .FS_ADDRESS(grad_scale)
+      .FS_ADDRESS(norm)
+      .FS_ADDRESS(chunk_sums)
+      .FS_ADDRESS(history)
       .def_readwrite("seed", &fs_call::seed)
       .def_readwrite("num_tensors", &fs_call::num_tensors)
       .def_readwrite("num_arenas", &fs_call::num_arenas)
       .def_readwrite("num_groups", &fs_call::num_groups)
+      .def_readwrite("norm_is_reduced", &fs_call::norm_is_reduced)
       .def_readwrite("tick", &fs_call::tick)
       .def_readwrite("device", &fs_call::device)
       .def_readwrite("stream", &fs_call::stream)
@@ -165,12 +178,14 @@ PYBIND11_MODULE(FS_MODULE, module) {
       .def_readwrite("launches", &fs_call::launches);
 #undef FS_ADDRESS
 
+  module.def("norm", [](fs_call& call) { run([&](char* error) { return fs_norm(&call, error); }); });
+  module.def("num_norm_chunks", [](const fs_call& call) { return num_norm_chunks(call); });
   module.def("clock", [](fs_call& call) { run([&](char* error) { return fs_clock(&call, error); }); });
   module.def("update", [](fs_call& call) { run([&](char* error) { return fs_update(&call, error); }); });
   module.def("step", [](fs_call& call) {
     call.launches = 0;
     run([&](char* error) {
-      const int status = fs_clock(&call, error);
+      const int status = call.norm != nullptr ? fs_norm(&call, error) : fs_clock(&call, error);
       return status != 0 ? status : fs_update(&call, error);
     });
   });
@@ -224,6 +239,8 @@ PYBIND11_MODULE(FS_MODULE, module) {
 #undef FS_EXPORT_MOMENTS
   module.attr("MOMENT_BYTES") = table;
   module.attr("LAYOUTS") = layouts();
+  module.attr("HISTORY_LENGTH") = static_cast<int>(kHistoryLength);
+  module.attr("HISTORY_COLUMNS") = py::make_tuple("clock", "grad_norm", "clip", "skipped");
   module.attr("PADDING") = static_cast<int>(kPadding);
   module.attr("SLOTS") =
       py::make_tuple("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "exp_avg_scale", "exp_avg_sq_scale");

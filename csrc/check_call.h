@@ -3,6 +3,7 @@
 #pragma once
 
 #include "failure.h"
+#include "norm_chunks.h"
 
 namespace fused_sched {
 
@@ -65,6 +66,11 @@ inline void check_placement(const fs_call& call, int64_t index) {
   if (tensor.numel < 0 || tensor.numel >= kMaxElements) {
     fail("tensor %lld: numel must be in [0, 2^39), got %lld", i, static_cast<long long>(tensor.numel));
   }
+}
+
+inline void check_norm(const fs_call& call) {
+  if (call.norm == nullptr) fail("the norm was asked for, but `norm` is null");
+  if (call.chunk_sums == nullptr && num_norm_chunks(call) > 0) fail("the norm needs memory in `chunk_sums`, got null");
 }
 
 template <class Supported>

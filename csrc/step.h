@@ -5,7 +5,9 @@
 #include <stdint.h>
 
 #include "core/clock.h"
+#include "core/history.h"
 #include "core/metric.h"
+#include "core/norm.h"
 
 extern "C" {
 
@@ -58,10 +60,14 @@ struct fs_call {
   const fused_sched::GroupRecord* groups;
   fused_sched::GroupValues* values;
   int64_t num_groups;
-  fused_sched::ScalarSlot* scalars;  // num_tensors
-  const float* found_inf;            // null: none
-  const float* grad_scale;           // null: none
-  uint64_t seed;                     // of stochastic rounding
+  fused_sched::ScalarSlot* scalars;    // num_tensors
+  const float* found_inf;              // null: none
+  const float* grad_scale;             // null: none
+  fused_sched::NormState* norm;        // null: gradients are neither clipped nor checked
+  fused_sched::SquareSum* chunk_sums;  // scratch of fs_norm: num_norm_chunks(call)
+  fused_sched::History* history;       // null: nothing is recorded
+  uint64_t seed;                       // of stochastic rounding
+  int32_t norm_is_reduced;             // norm->squares is replaced between fs_norm and fs_clock
   int32_t tick;
   int32_t device;
   uint64_t stream;
@@ -80,6 +86,9 @@ struct fs_report {
 
 // Each returns 0, or non-zero after writing what failed, where, and CUDA's name for it into `error`.
 enum { kErrorSize = 512 };
+// With `norm`: sums the squares of all gradients, and unless they are to be reduced goes on to what fs_clock does. A
+// step is fs_norm (then fs_clock, if norm_is_reduced) or without `norm` fs_clock, then fs_update.
+int fs_norm(fs_call* call, char* error);
 int fs_clock(fs_call* call, char* error);
 int fs_update(fs_call* call, char* error);
 int fs_report_metric(const fs_report* report, char* error);

@@ -7,7 +7,6 @@ import operator
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from . import state as states
 from .clock import TickRule
@@ -16,6 +15,7 @@ from .engine import Engine
 from .groups import GroupRecord, GroupTable
 from .hyperparameters import GroupSettings
 from .scheduler import SECOND_SCHEDULER, ObservingScheduler
+from .tail import StepTail
 
 #: A double tells all steps up to this one apart, and so do schedules.
 _MAX_CLOCK = 2**53
@@ -25,7 +25,7 @@ _MAX_CLOCK = 2**53
 NO_CLOCK = -1
 
 
-class OptimizerBase(Optimizer):
+class OptimizerBase(StepTail):
     """The part of `FusedScheduledAdam` that answers questions: its clock and rates, its pickled and printed form."""
 
     state: states.StateMap
@@ -152,9 +152,10 @@ class OptimizerBase(Optimizer):
     def _push(self, settings: list[GroupSettings]) -> None:
         lrs = [r.group["lr"] for r in self._records]
         self._devices.push(settings, [lr if isinstance(lr, torch.Tensor) else None for lr in lrs])
+        self._devices.push_norm(self._norm_settings())
 
     def push_hyperparameters(self) -> None:
-        """Bring edits of the groups to the device; step() does it by itself, graph replays do not.
+        """Bring edits of groups and of `max_grad_norm` to the device; step() does it by itself, graph replays do not.
 
         Raises as step() does for unusable options.
 
@@ -197,6 +198,8 @@ class OptimizerBase(Optimizer):
             "_groups": [(record.group, record.schedules) for record in self._records],
             "_metric_states": [record.machine.export() if record.machine else None for record in self._records],
             "_grad_divisor": self._grad_divisor,
+            "_max_grad_norm": self._max_grad_norm,
+            "_skip_nonfinite": self._skip_nonfinite,
             "_seed": self._seed,
             "_backend": self._devices.backend,
             "_clock": self.clock,
@@ -227,5 +230,8 @@ class OptimizerBase(Optimizer):
             for name, schedule in record.schedules.items():
                 shown[f"{name} schedule"] = schedule
             lines.extend(f"    {key}: {shown[key]}" for key in sorted(shown))
-        lines.append(f"grad_divisor: {self._grad_divisor}, backend: {self._devices.backend!r}")
+        lines.append(
+            f"max_grad_norm: {self._max_grad_norm}, skip_nonfinite: {self._skip_nonfinite}, "
+            f"grad_divisor: {self._grad_divisor}, backend: {self._devices.backend!r}"
+        )
         return "\n".join(lines) + "\n)"

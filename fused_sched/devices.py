@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from . import arena, backends, packing
+from . import arena, backends, norm, packing
 from . import state as states
 from .engine import CompiledEngine, Engine, is_capturing
+from .history import Recorder
 from .hyperparameters import GroupSettings
+from .norm import NormSettings
 from .packing import Work
 from .reference import ReferenceEngine
 
@@ -41,9 +43,11 @@ class Devices:
         self.backend = backend
         self._seed = seed
         self.engines: dict[torch.device, Engine] = {}
+        self.recorder = Recorder()
+        self._norm_settings = NormSettings()
         self._initial_clock = clock
         self._mirror = clock  # T as the host knows it
-        self._mirror_is_exact = True  # false while only the device knows: after found_inf, with captured graphs
+        self._mirror_is_exact = True  # false while only the device knows: steps that may skip, captured graphs
         self._captured = False  # replays move the clock without telling the host
         self._last_index: int | None = None  # of the clock, in the latest step
         self._checked_places: list[tuple[Any, ...]] = []  # of parameters known not to overlap
@@ -94,6 +98,9 @@ class Devices:
             )
         self.allocate(state, call, options)
         self._drop_engines_without_parameters(options)
+        assert self.first is not None
+        self.recorder.prepare(self.first.device, len(options))
+        self.first.recorder = self.recorder
         works = [Work(p, g, group, state[p].entry, ordinal) for p, g, group, ordinal in zip(*call, strict=True)]
         self._routes = []
         # Also those without a tensor in this call: their clocks tick with the others.
@@ -113,14 +120,30 @@ class Devices:
         for engine in self.engines.values():
             engine.push(settings, lr_tensors)
 
-    def step(self, tick: bool, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None) -> None:
-        """Apply the prepared call on every device."""
+    def push_norm(self, settings: NormSettings) -> None:
         for engine in self.engines.values():
-            engine.step(tick, found_inf, grad_scale)
+            engine.push_norm(settings)
+        self._norm_settings = settings
+
+    def step(
+        self,
+        tick: bool,
+        found_inf: torch.Tensor | None,
+        grad_scale: torch.Tensor | None,
+        norm_reduce_hook: Callable[[torch.Tensor], object] | None = None,
+    ) -> None:
+        """Apply the prepared call on every device; what the hook raises leaves everything as it was."""
+        engines = self.engines.values()
+        reduces = self._norm_settings.wanted and (norm_reduce_hook is not None or len(engines) > 1)
+        if reduces:
+            norm.reduce([engine.sum_squares() for engine in engines], norm_reduce_hook)
+        for engine in engines:
+            engine.step(tick, found_inf, grad_scale, reduces)
         self._captured |= any(map(is_capturing, self.engines))
         self._mirror += tick
         self._last_index = self._mirror - 1
-        self._mirror_is_exact &= found_inf is None and not self._captured
+        may_skip = found_inf is not None or self._norm_settings.skip_nonfinite
+        self._mirror_is_exact &= not may_skip and not self._captured
 
     def report(self, metric: torch.Tensor | float) -> None:
         """Advance every rate that follows metrics, on every device; nothing has been changed when this raises."""

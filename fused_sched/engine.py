@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from . import metric_rule, packing, precision
 from .backends import Backend
+from .history import Recorder
 from .hyperparameters import SCHEDULABLE, GroupSettings, Source
+from .norm import NormMemory, NormSettings
 from .packing import Plan, Work
 
 
@@ -20,8 +22,12 @@ class Engine(Protocol):
 
     device: torch.device
     backend: Backend
+    recorder: Recorder | None  # of the steps; on the first device only
 
     def push(self, settings: Sequence[GroupSettings], lr_tensors: Sequence[torch.Tensor | None]) -> None:
+        """Make these settings the device's."""
+
+    def push_norm(self, settings: NormSettings) -> None:
         """Make these settings the device's."""
 
     def lay_out(self, works: Sequence[Work]) -> None:
@@ -30,8 +36,17 @@ class Engine(Protocol):
     def rebind(self, grads: Sequence[torch.Tensor]) -> bool:
         """Prepare for a call with the same parameters again; False if they must be laid out anew."""
 
-    def step(self, tick: bool, found_inf: torch.Tensor | None = None, grad_scale: torch.Tensor | None = None) -> None:
-        """Apply the prepared call."""
+    def sum_squares(self) -> torch.Tensor:
+        """Sum the squares of the prepared call's gradients, into a 0-d float64 tensor that step() reads."""
+
+    def step(
+        self,
+        tick: bool,
+        found_inf: torch.Tensor | None = None,
+        grad_scale: torch.Tensor | None = None,
+        norm_is_reduced: bool = False,
+    ) -> None:
+        """Apply the prepared call; norm_is_reduced: what sum_squares() returned has become the sum of all devices."""
 
     def report(self, metric: torch.Tensor | float) -> None:
         """Advance the rates that follow metrics by one report."""
@@ -51,6 +66,10 @@ class Engine(Protocol):
     @property
     def lr_tensor(self) -> torch.Tensor:
         """The rates just used, float64 [n_groups], on the device; NaN before the first step."""
+
+    @property
+    def grad_norm(self) -> torch.Tensor:
+        """The norm of the latest step, 0-d float64, on the device; NaN before the first step."""
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -87,6 +106,9 @@ class CompiledEngine:
         self._lr_tensors: list[torch.Tensor | None] = []  # alive while the records hold their addresses
         self._plan: Plan | None = None
         self._inputs: list[torch.Tensor] = []
+        self._norm: NormMemory | None = None  # once it is wanted
+        self._norm_settings = NormSettings()
+        self.recorder: Recorder | None = None
 
     # -- settings ------------------------------------------------------------------------------------------
 
@@ -95,11 +117,7 @@ class CompiledEngine:
             buffer.copy_(tensor.reshape(()), non_blocking=self.device.type != "cpu")
         if list(settings) == self._pushed:
             return
-        if is_capturing(self.device):
-            raise RuntimeError(
-                "options changed since the last step, and the capture of a CUDA graph would record their upload; call "
-                "opt.push_hyperparameters() before capturing"
-            )
+        self._refuse_upload_into_capture()
         self._lr_tensors = list(lr_tensors)
         self._lr_copies = []
         programs: dict[bytes, torch.Tensor] = {}
@@ -130,6 +148,31 @@ class CompiledEngine:
         self._call.values = self._values.data_ptr()
         self._call.num_groups = len(settings)
         self._pushed = list(settings)
+
+    def _refuse_upload_into_capture(self) -> None:
+        if is_capturing(self.device):
+            raise RuntimeError(
+                "options changed since the last step, and the capture of a CUDA graph would record their upload; call "
+                "opt.push_hyperparameters() before capturing"
+            )
+
+    def push_norm(self, settings: NormSettings) -> None:
+        if settings == self._norm_settings:
+            return
+        self._refuse_upload_into_capture()
+        self._norm_memory().write(settings, self._to_device)
+        self._norm_settings = settings
+        self._reserve_norm()
+
+    def _norm_memory(self) -> NormMemory:
+        if self._norm is None:
+            self._norm = NormMemory(self._module, self.device)
+        return self._norm
+
+    def _reserve_norm(self) -> None:
+        if self._norm is not None:
+            self._norm.reserve(self._module.num_norm_chunks(self._call))
+            self._call.chunk_sums = self._norm.sums_address
 
     def _pack_source(
         self,
@@ -195,26 +238,52 @@ class CompiledEngine:
             self._retired.append(self._scalars)
             self._scalars = torch.zeros(2 * len(works) * self._scalar_bytes, dtype=torch.uint8, device=self.device)
             self._call.scalars = self._scalars.data_ptr()
+        self._reserve_norm()
 
     def rebind(self, grads: Sequence[torch.Tensor]) -> bool:
         return self._plan is not None and self._plan.bind(grads)
 
-    def step(self, tick: bool, found_inf: torch.Tensor | None = None, grad_scale: torch.Tensor | None = None) -> None:
+    def sum_squares(self) -> torch.Tensor:
+        self._prepare_call(norm_is_reduced=True)
+        self._call.launches = 0
+        self._run(self._module.norm)
+        return self._norm_memory().squares
+
+    def step(
+        self,
+        tick: bool,
+        found_inf: torch.Tensor | None = None,
+        grad_scale: torch.Tensor | None = None,
+        norm_is_reduced: bool = False,
+    ) -> None:
         self._inputs = []
         self._call.found_inf = self._address_of(found_inf)
         self._call.grad_scale = self._address_of(grad_scale)
         self._call.tick = int(tick)
+        self._prepare_call(norm_is_reduced)
+        if norm_is_reduced:
+            self._run(self._module.clock)
+            self._run(self._module.update)
+        else:
+            self._run(self._module.step)
+        if self._plan is not None:
+            self._plan.finish()
+
+    def _prepare_call(self, norm_is_reduced: bool) -> None:
+        self._call.norm = self._norm_memory().address if self._norm_settings.wanted else 0
+        self._call.norm_is_reduced = int(norm_is_reduced)
+        self._call.history = 0 if self.recorder is None else self.recorder.address
         self._call.num_threads = torch.get_num_threads()
+
+    def _run(self, function: Callable[[Any], None]) -> None:
         if self.device.type == "cuda":
             self._call.stream = torch.cuda.current_stream(self.device).cuda_stream
             # Torch makes the device current, so that _cuda finds it so and need not return to one that this
             # process may never have used: since CUDA 12 making a device current creates its context.
             with torch.cuda.device(self.device):
-                self._module.step(self._call)
+                function(self._call)
         else:
-            self._module.step(self._call)
-        if self._plan is not None:
-            self._plan.finish()
+            function(self._call)
 
     def _address_of(self, scalar: torch.Tensor | None) -> int:
         if scalar is None:
@@ -246,6 +315,10 @@ class CompiledEngine:
 
     def forget_rates(self) -> None:
         self._values.fill_(math.nan)
+
+    @property
+    def grad_norm(self) -> torch.Tensor:
+        return self._norm_memory().norm
 
     # -- clock ---------------------------------------------------------------------------------------------
 

@@ -41,12 +41,6 @@ TORCH_ONLY = {
 #: Options that groups cannot have of their own.
 CONSTRUCTOR_ONLY = ("max_grad_norm", "grad_divisor", "skip_nonfinite", "seed", "backend")
 
-#: Options of the interface that are not built yet: value that switches them off, and the way out.
-_PLANNED = {
-    "max_grad_norm": (None, "clip with torch.nn.utils.clip_grad_norm_ before step()"),
-    "skip_nonfinite": (False, "set `opt.found_inf` to a device scalar, as GradScaler does"),
-}
-
 
 class Source(NamedTuple):
     """Where a hyperparameter's value comes from: scale, times a schedule, a device tensor or a machine's rate."""
@@ -195,7 +189,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     _check_number("eps", options["eps"], 0.0, math.inf)
     _check_number("weight_decay", options["weight_decay"], 0.0, math.inf)
     for name in ("decoupled_weight_decay", "amsgrad", "maximize"):
-        _check_flag(name, options[name])
+        check_flag(name, options[name])
     precision.check_names(options["master"], options["moments"], options["amsgrad"])
 
 
@@ -208,7 +202,8 @@ def _check_number(name: str, got: Any, low: float, high: float) -> None:
         raise ValueError(f"{name} must be in [{low:g}, {high:g}), got {got!r}; choose a value in that range")
 
 
-def _check_flag(name: str, got: Any) -> None:
+def check_flag(name: str, got: Any) -> None:
+    """Raise TypeError unless this is True or False."""
     if not isinstance(got, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {got!r} of type {type(got).__name__}; pass a bool")
 
@@ -227,6 +222,22 @@ def check_grad_divisor(got: Any) -> float:
     value = float(got)
     if not 0.0 < value < math.inf:
         raise ValueError(f"grad_divisor must be positive and finite, got {got!r}")
+    return value
+
+
+def check_max_grad_norm(got: Any) -> float | None:
+    """The limit of the gradients' norm as a float, or None."""
+    if got is None:
+        return None
+    if isinstance(got, bool) or not isinstance(got, Real):
+        raise TypeError(
+            f"max_grad_norm must be a number or None, got {got!r} of type {type(got).__name__}; pass float(...) of it"
+        )
+    value = float(got)
+    if not value > 0.0:  # false for NaN as well
+        raise ValueError(
+            f"max_grad_norm must be positive, got {got!r}; pass None to clip nothing, float('inf') to measure only"
+        )
     return value
 
 
@@ -318,16 +329,11 @@ def replaced(
     return changed, kept
 
 
-def check_keywords(unsupported: Mapping[str, Any], **planned: Any) -> None:
-    """Raise for keyword arguments that the constructor does not know, or not yet."""
-    for name in unsupported:
+def check_keywords(unsupported: Mapping[str, Any]) -> None:
+    """Raise for keyword arguments that the constructor does not know."""
+    for name, got in unsupported.items():
         if name in TORCH_ONLY:
-            got = unsupported[name]
             raise TypeError(
                 f"FusedScheduledAdam takes no {name!r} argument, got {got!r}: {TORCH_ONLY[name]}; remove it"
             )
         raise TypeError(f"FusedScheduledAdam got an unexpected keyword argument {name!r}")
-    for name, value in planned.items():
-        off, remedy = _PLANNED[name]
-        if value != off:
-            raise NotImplementedError(f"{name}={value!r} is not built yet; {remedy}")

@@ -42,7 +42,11 @@ class FusedScheduledAdam(OptimizerBase):
             has no others but "none". Ignored by float32 and float64 parameters. Per group.
         moments: storage of the moments: "fp32", "bf16", or "8bit" (codes, and a scale per 16 elements). float64
             parameters have float64 ones. Per group.
+        max_grad_norm: all gradients are multiplied by min(1, max_grad_norm / (norm + 1e-6)) inside the update, where
+            norm is that of all of them together, after unscaling, as torch.nn.utils.clip_grad_norm_ does: an infinite
+            norm makes finite gradients 0 and infinite ones NaN, a NaN makes all NaN, unless the step is skipped.
         grad_divisor: gradients are divided by it inside the update (micro-batches accumulated by summing).
+        skip_nonfinite: a step whose gradients are not all finite changes nothing, clock and step counts included.
         seed: of stochastic rounding; not saved in checkpoints. Its lower 64 bits count.
         backend: "cuda", "cpu" or "reference"; "auto" takes the fastest that serves each parameter's device.
 
@@ -88,8 +92,10 @@ class FusedScheduledAdam(OptimizerBase):
         backend: str = "auto",
         **unsupported: Any,
     ) -> None:
-        hyperparameters.check_keywords(unsupported, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite)
+        hyperparameters.check_keywords(unsupported)
         self._grad_divisor = hyperparameters.check_grad_divisor(grad_divisor)
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
         self._seed = hyperparameters.check_seed(seed)
         self._options: dict[str, Any] = {
             "lr": lr,
@@ -192,7 +198,7 @@ class FusedScheduledAdam(OptimizerBase):
         ids = [id(p) for p in call.params]
         tick = self._ticks.should_tick(ids)
         self._push(settings)
-        self._devices.step(tick, found_inf, grad_scale)
+        self._devices.step(tick, found_inf, grad_scale, self.norm_reduce_hook)
         self._ticks.record(ids, tick)
         self._applied_settings, self._resumed = settings, False
         packing.bump_versions(call.params)

@@ -1,4 +1,4 @@
-"""Pictures of schedules. Needs matplotlib: `pip install fused_sched[plot]`."""
+"""Pictures of schedules, and of what training used (`history`). Needs matplotlib: `pip install fused_sched[plot]`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import landmarks
+from .plot_history import history as history
 from .schedules import Schedule, checks
 
 if TYPE_CHECKING:

@@ -16,8 +16,10 @@ import torch
 from . import codec, reference_metric
 from .arena import Layout, is_dense
 from .backends import Backend
+from .history import Recorder
 from .hyperparameters import GroupSettings, Source
 from .machine import Machine
+from .norm import NormSettings
 from .packing import Work
 
 
@@ -44,6 +46,10 @@ class ReferenceEngine:
         self._values_device = torch.device("cpu") if device.type == "mps" else device
         self._lrs = torch.zeros(0, dtype=torch.float64, device=self._values_device)
         self._works: list[Work] = []
+        self._norm_settings = NormSettings()
+        self._squares = torch.zeros((), dtype=torch.float64, device=self._values_device)
+        self._norm = torch.full((), math.nan, dtype=torch.float64, device=self._values_device)
+        self.recorder: Recorder | None = None
 
     def push(self, settings: Sequence[GroupSettings], lr_tensors: Sequence[torch.Tensor | None]) -> None:
         self._settings = list(settings)
@@ -59,20 +65,55 @@ class ReferenceEngine:
     def rebind(self, grads: Sequence[torch.Tensor]) -> bool:
         return False  # nothing is prepared, so there is nothing to reuse
 
+    def push_norm(self, settings: NormSettings) -> None:
+        self._norm_settings = settings
+
     @torch.no_grad()
-    def step(self, tick: bool, found_inf: torch.Tensor | None = None, grad_scale: torch.Tensor | None = None) -> None:
+    def sum_squares(self) -> torch.Tensor:
+        self._squares.copy_(self._gradient_norm() ** 2)
+        return self._squares
+
+    def _gradient_norm(self) -> torch.Tensor:
+        """Of the gradients as they are; scaled by the largest element, so that no square leaves the range."""
+        grads = [work.grad.detach().to(self._values_device, torch.float64) for work in self._works]
+        largest = torch.stack([grad.abs().max() for grad in grads if grad.numel() > 0] or [self._squares * 0.0]).max()
+        if largest == 0.0 or not largest.isfinite():
+            return largest
+        return largest * torch.stack([(grad / largest).square().sum() for grad in grads]).sum().sqrt()
+
+    @torch.no_grad()
+    def step(
+        self,
+        tick: bool,
+        found_inf: torch.Tensor | None = None,
+        grad_scale: torch.Tensor | None = None,
+        norm_is_reduced: bool = False,
+    ) -> None:
+        scale = 1.0 if grad_scale is None else float(grad_scale.item())
+        clip, refused = 1.0, False
+        if self._norm_settings.wanted:
+            norm = self._squares.sqrt() if norm_is_reduced else self._gradient_norm()
+            self._norm.copy_(norm / (scale * self._norm_settings.grad_divisor))
+            clip = _clip_factor(self._norm.item(), self._norm_settings.max_norm)
+            refused = self._norm_settings.skip_nonfinite and not math.isfinite(self._norm.item())
         works, self._works = self._works, []  # gradients are not ours to keep alive
         self._tick_pending |= tick
-        if found_inf is not None and found_inf.item() != 0.0:
+        skipped = refused or (found_inf is not None and found_inf.item() != 0.0)
+        values: list[_Values] = []
+        if not skipped:
+            self._clock += self._tick_pending
+            self._tick_pending = False
+            values = [self._evaluate(s, t) for s, t in zip(self._settings, self._lr_tensors, strict=True)]
+            self._lrs.copy_(torch.tensor([v.lr for v in values], dtype=torch.float64))
+        if self.recorder is not None:
+            norm_value = self._norm.item() if self._norm_settings.wanted else math.nan
+            used = [(v.lr, v.weight_decay) for v in values]
+            self.recorder.write(tick, self._clock, skipped, norm_value, clip, used)
+        if skipped:
             return
-        self._clock += self._tick_pending
-        self._tick_pending = False
-        scale = 1.0 if grad_scale is None else float(grad_scale.item())
-        values = [self._evaluate(s, t) for s, t in zip(self._settings, self._lr_tensors, strict=True)]
-        self._lrs.copy_(torch.tensor([v.lr for v in values], dtype=torch.float64))
         for work in works:
             random = codec.random_key(self._seed, self._clock, work.ordinal)
-            _update(work, self._settings[work.group], values[work.group], scale, random)
+            _update(work, self._settings[work.group], values[work.group], scale, clip, random)
 
     def _evaluate(self, settings: GroupSettings, lr_tensor: torch.Tensor | None) -> _Values:
         index = max(0, self._clock - 1)
@@ -110,6 +151,18 @@ class ReferenceEngine:
     def lr_tensor(self) -> torch.Tensor:
         return self._lrs
 
+    @property
+    def grad_norm(self) -> torch.Tensor:
+        return self._norm
+
+
+def _clip_factor(norm: float, max_norm: float | None) -> float:
+    """torch.nn.utils.clip_grad_norm_'s coefficient; a NaN stays one."""
+    if max_norm is None or max_norm == math.inf:
+        return 1.0
+    factor = max_norm / (norm + 1e-6)
+    return 1.0 if factor > 1.0 else factor
+
 
 def _advance(work: Work) -> int:
     mirror, count = work.entry.tensors["step"], work.entry.tensors["step_int64"]
@@ -123,7 +176,14 @@ def _advance(work: Work) -> int:
     return step
 
 
-def _update(work: Work, settings: GroupSettings, values: _Values, grad_scale: float, random: codec.RandomKey) -> None:
+def _update(
+    work: Work,
+    settings: GroupSettings,
+    values: _Values,
+    grad_scale: float,
+    clip: float,
+    random: codec.RandomKey,
+) -> None:
     step = _advance(work)
     param, layout, state = work.param, work.entry.layout, work.entry.tensors
     dtype = layout.compute_dtype
@@ -132,7 +192,7 @@ def _update(work: Work, settings: GroupSettings, values: _Values, grad_scale: fl
     # gradients of another order are copied into it.
     dense = param if is_dense(param) and not param.is_neg() else _laid_out(param, layout)
     grad = codec.in_memory_order(_laid_out(work.grad.detach(), layout)).to(dtype)
-    grad = grad * (sign / (grad_scale * settings.grad_divisor))
+    grad = grad * (sign * clip / (grad_scale * settings.grad_divisor))
     narrow = layout.dtype.itemsize == 2
     weight = codec.decode_master(layout.master, dense, state) if narrow else codec.in_memory_order(dense).clone()
 

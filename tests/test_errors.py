@@ -94,10 +94,33 @@ def test_amsgrad_needs_fp32_moments(name: str) -> None:
     assert param.tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("option", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}], ids=repr)
-def test_planned_options_say_so(option: dict[str, Any]) -> None:
-    with pytest.raises(NotImplementedError, match=next(iter(option))):
-        FusedScheduledAdam([torch.nn.Parameter(torch.ones(2))], **option)
+@pytest.mark.parametrize(
+    ("name", "value", "error", "says"),
+    [
+        ("max_grad_norm", 0.0, ValueError, "must be positive, got 0.0; pass None"),
+        ("max_grad_norm", -1, ValueError, "must be positive, got -1; pass None"),
+        ("max_grad_norm", float("nan"), ValueError, "must be positive, got nan"),
+        ("max_grad_norm", "1", TypeError, "must be a number or None, got '1' of type str; pass float"),
+        ("max_grad_norm", True, TypeError, "must be a number or None, got True"),
+        ("skip_nonfinite", 1, TypeError, "must be True or False, got 1 of type int; pass a bool"),
+    ],
+)
+def test_options_of_the_norm(name: str, value: Any, error: type[Exception], says: str) -> None:
+    param = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(error, match=says):
+        FusedScheduledAdam([param], **{name: value})
+    optimizer = FusedScheduledAdam([param])
+    before = getattr(optimizer, name)
+    with pytest.raises(error, match=says):
+        setattr(optimizer, name, value)
+    assert getattr(optimizer, name) == before
+    with pytest.raises(ValueError, match=f"{name} is one for the whole optimizer; pass it to the constructor"):
+        FusedScheduledAdam([{"params": [param], name: value}])
+
+
+def test_norm_that_is_not_computed_says_how_to_get_it() -> None:
+    with pytest.raises(RuntimeError, match=r"max_grad_norm is None.*pass max_grad_norm=float\('inf'\)"):
+        _ = FusedScheduledAdam([torch.nn.Parameter(torch.ones(2))]).grad_norm
 
 
 @pytest.mark.parametrize("name", ["fused", "foreach", "capturable", "differentiable"])

@@ -27,9 +27,9 @@ def test_unsupported_combination_is_refused_before_anything_changes(
 ) -> None:
     problem = Problem([TensorSpec(8), replace(spec, arena=1)])
     before = problem.snapshot()
-    for function in (library.clock, library.update):
+    for function in (library.norm, library.clock, library.update):
         with pytest.raises(abi.BackendError, match=message):
-            function(problem.call())
+            function(problem.call(norm=True))
     assert problem.snapshot() == before
 
 
@@ -51,9 +51,9 @@ def test_unsupported_combination_is_refused_before_anything_changes(
 def test_invalid_table_is_refused(library: abi.Library, field: str, value: int, message: str) -> None:
     problem = Problem([TensorSpec(8), TensorSpec(8)])
     before = problem.snapshot()
-    call = problem.call()
+    call = problem.call(norm=True)
     problem.tensor_table[field][1] = value
-    for function in (library.clock, library.update):
+    for function in (library.norm, library.clock, library.update):
         with pytest.raises(abi.BackendError, match=f"^tensor 1: .*{message}"):
             function(call)
     assert problem.snapshot() == before
@@ -119,6 +119,9 @@ def test_structures_are_those_of_the_binding() -> None:
         "group": abi.GROUP,
         "values": abi.VALUES,
         "arena": abi.ARENA,
+        "norm": abi.NORM,
+        "square_sum": abi.SQUARE_SUM,
+        "history": abi.HISTORY,
         "metric_rule": abi.METRIC_RULE,
         "plateau_state": abi.PLATEAU_STATE,
         "greedy_state": abi.GREEDY_STATE,

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 TESTS = Path(__file__).resolve().parent
 UPDATE, CLOCK, LAUNCH = "cuda/update_kernel.cuh", "cuda/clock_kernel.cuh", "cuda/launch.cu"
+NORM, LAUNCH_CLOCK = "cuda/norm_kernel.cuh", "cuda/launch_clock.cu"
 INSTANCE = "cuda/update_instance.cuh"
 
 # What is wrong: (file, text, its replacement, which sanitizer is needed to see it, if any).
@@ -48,7 +49,7 @@ BUGS = {
         "",
     ),
     "gradients read as bf16": (INSTANCE, "default: return load_grad<Float16", "default: return load_grad<Bfloat16", ""),
-    "ordinals of another launch": (LAUNCH, "table->ordinal[row] = tensor.ordinal;", "table->ordinal[row] = 0;", ""),
+    "ordinals counted from the launch": (CLOCK, "runs[run].first_ordinal + ", "", ""),
     "threads beyond the end work": (UPDATE, "if (at.count <= 0) return;", "", ""),
     "first tile of a tensor taken for the one before": (
         "cuda/tensor_table.cuh",
@@ -63,15 +64,40 @@ BUGS = {
         "",
     ),
     "skip ignored": (UPDATE, "if (scalars.flags & kSkip) return;", "", ""),
-    "scalars of another group reused": (CLOCK, "group == table.group[row - 1] &&", "", ""),
-    "every launch ticks": (LAUNCH, "table->begins_call = first == 0;", "table->begins_call = true;", ""),
+    "scalars of another group reused": (CLOCK, " || detail != slot_detail", "", ""),
+    "every launch ticks": (LAUNCH_CLOCK, "    begins_call = false;\n", "", ""),
+    "first tensor of a run taken for one of the run before": (
+        CLOCK,
+        "tensor >= runs[run].end",
+        "tensor > runs[run].end",
+        "",
+    ),
     "row of the table for row of the call": (LAUNCH, "static_cast<int32_t>(index);", "row;", ""),
     "arenas kept from the launch before": (LAUNCH, "    num_arenas_ = 0;\n", "", ""),
     "every thread reports to every group": ("cuda/metric_kernel.cuh", "i = threadIdx.x", "i = 0", ""),
     "groups beyond a warp get no report": ("cuda/metric_kernel.cuh", "i < table.num_records", "i < 32", ""),
-    "no barrier after the tick": (CLOCK, "table.found_inf);\n  __syncthreads();", "table.found_inf);", "thread"),
-    "no barrier after the values": (CLOCK, "  }\n  __syncthreads();\n}", "  }\n}", "thread"),
-    "barrier in a branch": (CLOCK, "  __syncthreads();\n}", "  if (threadIdx.x < 64) __syncthreads();\n}", ""),
+    "no barrier after the tick": (CLOCK, "decide(table);\n  __syncthreads();", "decide(table);", "thread"),
+    "no barrier after the values": (CLOCK, "  }\n  __syncthreads();\n", "  }\n", "thread"),
+    "barrier in a branch": (CLOCK, "  }\n  __syncthreads();\n", "  }\n  if (works) __syncthreads();\n", ""),
+    "every block takes itself for the last": (NORM, "+ 1 == gridDim.x", "+ 1 <= gridDim.x", ""),
+    "ticket not put back": (NORM, "    if (is_last) norm.blocks_done = 0;\n", "", ""),
+    "misaligned gradient read as vectors": (
+        NORM,
+        "if (reinterpret_cast<uint64_t>(stored) % 16 == 0) {",
+        "{",
+        "address",
+    ),
+    "chunks of an earlier launch overwritten": (NORM, "table.first_chunk + chunk", "chunk", ""),
+    "last chunk read past its end": (NORM, "chunk + 1 == grad.end", "chunk + 1 > grad.end", ""),
+    "no barrier before the chunks are added": (NORM, "__threadfence();\n  __syncthreads();\n  if", "if", "thread"),
+    "no barrier between halves": (
+        NORM,
+        "    __syncthreads();\n    if (thread < half)",
+        "    if (thread < half)",
+        "",
+    ),
+    "large doubles not scaled": ("core/norm.h", "? element * kShrink : 0.0", "? element : 0.0", ""),
+    "not finite, and not skipped": (CLOCK, "norm != nullptr && refuses_step(*norm)", "false", ""),
 }
 
 
@@ -86,7 +112,7 @@ def test_planted_bug_is_noticed(bug: str, tmp_path: Path) -> None:
 
     environment = build.sanitizer_environment(sanitizer) if sanitizer else dict(os.environ)
     environment |= {"FUSED_SCHED_TEST_CSRC": str(csrc), "PYTHONPATH": str(TESTS)}
-    files = "test_clock_kernel.py test_metric_kernel.py test_kernels.py"
+    files = "test_clock_kernel.py test_metric_kernel.py test_kernels.py test_norm_kernel.py"
     command = f"-m pytest -o addopts= --noconftest -p no:cacheprovider -s -x -q {files}"
     result = subprocess.run(
         [sys.executable, *command.split()], env=environment, cwd=TESTS, capture_output=True, text=True, timeout=300

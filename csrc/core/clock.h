@@ -64,11 +64,12 @@ struct ScalarSlot {
   RandomKey random;
 };
 
-// Decides whether this call is applied and moves T. One thread runs it, before anything reads `skipped`.
-FS_HD_CALL void advance_clock(Clock& clock, bool tick, const float* found_inf) {
+// Decides whether this call is applied and moves T. One thread runs it, before anything reads `skipped`. refused: the
+// norm of the gradients says to skip it.
+FS_HD_CALL void advance_clock(Clock& clock, bool tick, const float* found_inf, bool refused) {
   if (tick) clock.tick_pending = 1;
   // Not `== 1`: GradScaler sums found_inf over devices, and a NaN means trouble as well.
-  clock.skipped = found_inf != nullptr && !(*found_inf == 0.0f);
+  clock.skipped = refused || (found_inf != nullptr && !(*found_inf == 0.0f));
   if (clock.skipped || !clock.tick_pending) return;
   clock.step += 1;
   clock.tick_pending = 0;
@@ -118,17 +119,18 @@ FS_HD_CALL StepScalars<T> skipped_scalars() {
   return scalars;
 }
 
-// grad_scale: GradScaler's factor, by which gradients are divided together with grad_divisor.
+// grad_scale: GradScaler's factor, by which gradients are divided together with grad_divisor. clip: by which they are
+// multiplied then.
 template <class T>
 FS_HD_CALL StepScalars<T> step_scalars(const GroupRecord& group, const GroupValues& values, int64_t step,
-                                       double grad_scale) {
+                                       double grad_scale, double clip) {
   const double t = static_cast<double>(step);
   const double bias1 = 1.0 - power(values.beta1, t);
   const double bias2 = 1.0 - power(values.beta2, t);
   const bool decoupled = (group.flags & kGroupDecoupled) != 0;
   const bool first_from_grad = values.beta1 < 0.5;
   const bool second_from_grad = values.beta2 < 0.5;
-  const double grad_factor = 1.0 / (grad_scale * group.grad_divisor);
+  const double grad_factor = clip / (grad_scale * group.grad_divisor);
   StepScalars<T> scalars;
   scalars.grad_factor = static_cast<T>((group.flags & kGroupMaximize) ? -grad_factor : grad_factor);
   scalars.decay = static_cast<T>(decoupled ? values.lr * values.weight_decay : values.weight_decay);

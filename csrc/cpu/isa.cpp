@@ -23,10 +23,10 @@ std::atomic<const InstructionSet*> chosen{nullptr};
 
 const InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__)
-    {"avx512", fs_update_run_avx512, has_avx512},
-    {"avx2", fs_update_run_avx2, has_avx2},
+    {"avx512", fs_update_run_avx512, fs_sum_squares_avx512, has_avx512},
+    {"avx2", fs_update_run_avx2, fs_sum_squares_avx2, has_avx2},
 #endif
-    {"baseline", fs_update_run_baseline, always},
+    {"baseline", fs_update_run_baseline, fs_sum_squares_baseline, always},
 };
 const int kNumInstructionSets = sizeof kInstructionSets / sizeof kInstructionSets[0];
 

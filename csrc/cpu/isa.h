@@ -1,6 +1,7 @@
 // Which build of the element loops runs here.
 #pragma once
 
+#include "norm_tile.h"
 #include "update_tile.h"
 
 namespace fused_sched {
@@ -8,6 +9,7 @@ namespace fused_sched {
 struct InstructionSet {
   const char* name;
   fs_update_run update_run;
+  fs_sum_squares sum_squares;
   bool (*supported)();
 };
 

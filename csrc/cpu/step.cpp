@@ -7,6 +7,7 @@
 #include "../check_call.h"
 #include "../float_environment.h"
 #include "isa.h"
+#include "norm.h"
 #include "parallel.h"
 
 using namespace fused_sched;
@@ -56,7 +57,7 @@ fs_run make_run(const fs_call& call, int64_t index, int64_t first, int64_t count
   return run;
 }
 
-void advance_tensor(const fs_call& call, int64_t index, double grad_scale) {
+void advance_tensor(const fs_call& call, int64_t index, double grad_scale, double clip) {
   const fs_tensor& tensor = call.tensors[index];
   ScalarSlot& slot = call.scalars[index];
   const bool wide = tensor.param_format == kFloat64;
@@ -83,9 +84,9 @@ void advance_tensor(const fs_call& call, int64_t index, double grad_scale) {
   const GroupRecord& group = call.groups[tensor.group];
   const GroupValues& values = call.values[tensor.group];
   if (wide) {
-    slot.f64 = step_scalars<double>(group, values, step, grad_scale);
+    slot.f64 = step_scalars<double>(group, values, step, grad_scale, clip);
   } else {
-    slot.f32 = step_scalars<float>(group, values, step, grad_scale);
+    slot.f32 = step_scalars<float>(group, values, step, grad_scale, clip);
   }
 }
 
@@ -97,12 +98,23 @@ bool supported(const fs_tensor& tensor) {
 void check(const fs_call& call) { check_call(call, supported); }
 
 void clock(fs_call& call) {
-  advance_clock(*call.clock, call.tick != 0, call.found_inf);
-  if (!call.clock->skipped) {
+  const double grad_scale = call.grad_scale != nullptr ? static_cast<double>(*call.grad_scale) : 1.0;
+  if (call.norm != nullptr) finish_norm(*call.norm, call.norm_is_reduced != 0, grad_scale);
+  const double clip = call.norm != nullptr ? call.norm->clip : 1.0;
+  advance_clock(*call.clock, call.tick != 0, call.found_inf, call.norm != nullptr && refuses_step(*call.norm));
+  const bool skipped = call.clock->skipped != 0;
+  if (!skipped) {
     for (int64_t i = 0; i < call.num_groups; ++i) call.values[i] = group_values(call.groups[i], call.clock->step);
   }
-  const double grad_scale = call.grad_scale != nullptr ? static_cast<double>(*call.grad_scale) : 1.0;
-  for (int64_t i = 0; i < call.num_tensors; ++i) advance_tensor(call, i, grad_scale);
+  if (call.history != nullptr) {
+    const double norm = call.norm != nullptr ? call.norm->norm : NAN;
+    begin_record(*call.history, call.tick != 0, call.clock->step, skipped, norm, clip);
+    for (int64_t i = 0; i < call.history->num_groups; ++i) {
+      const bool used = !skipped && i < call.num_groups;
+      record_group(*call.history, i, used, used ? call.values[i].lr : 0.0, used ? call.values[i].weight_decay : 0.0);
+    }
+  }
+  for (int64_t i = 0; i < call.num_tensors; ++i) advance_tensor(call, i, grad_scale, clip);
 }
 
 void update(fs_call& call) {
@@ -125,6 +137,17 @@ void update(fs_call& call) {
 }
 
 }  // namespace
+
+int fs_norm(fs_call* call, char* error) {
+  return report_failure(error, [&] {
+    check(*call);
+    check_norm(*call);
+    const DefaultFloatEnvironment environment;
+    sum_norm(*call);
+    if (!call->norm_is_reduced) clock(*call);
+    call->launches += 1;
+  });
+}
 
 int fs_clock(fs_call* call, char* error) {
   return report_failure(error, [&] {

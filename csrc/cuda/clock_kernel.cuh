@@ -2,7 +2,7 @@
 // and derives its scalars.
 #pragma once
 
-#include "tensor_table.cuh"
+#include "call_table.cuh"
 
 namespace fused_sched {
 
@@ -34,11 +34,36 @@ FS_DEVICE ScalarSlot skipped_slot(bool computes_in_double) {
   return slot;
 }
 
-FS_DEVICE void begin_call(const ClockTable& table) {
+FS_DEVICE double grad_scale_of(const CallTable& table) {
+  return table.grad_scale != nullptr ? static_cast<double>(*table.grad_scale) : 1.0;
+}
+
+// One thread: is the call applied? Everything after depends on it.
+FS_DEVICE void decide(const CallTable& table) {
+  NormState* const norm = table.norm;
+  if (norm != nullptr) finish_norm(*norm, table.norm_is_reduced, grad_scale_of(table));
+  advance_clock(*table.clock, table.tick, table.found_inf, norm != nullptr && refuses_step(*norm));
+  if (table.history == nullptr) return;
+  begin_record(*table.history, table.tick, table.clock->step, table.clock->skipped != 0,
+               norm != nullptr ? norm->norm : NAN, norm != nullptr ? norm->clip : 1.0);
+}
+
+FS_DEVICE void record_groups(const CallTable& table, bool skipped) {
+  const History& history = *table.history;
+  for (int64_t i = threadIdx.x; i < history.num_groups; i += kClockThreads) {
+    const bool used = !skipped && i < table.num_groups;
+    record_group(history, i, used, used ? table.values[i].lr : 0.0, used ? table.values[i].weight_decay : 0.0);
+  }
+}
+
+// All threads of the block enter; the first kClockThreads work.
+FS_DEVICE void begin_call(const CallTable& table) {
   constexpr int kHyperparameters = 4;
-  if (threadIdx.x == 0) advance_clock(*table.clock, table.tick, table.found_inf);
+  const bool works = threadIdx.x < kClockThreads;
+  if (threadIdx.x == 0) decide(table);
   __syncthreads();
-  if (!table.clock->skipped) {
+  const bool skipped = table.clock->skipped != 0;
+  if (!skipped && works) {
     for (int i = threadIdx.x; i < table.num_groups * kHyperparameters; i += kClockThreads) {
       const int group = i / kHyperparameters;
       const int index = i % kHyperparameters;
@@ -47,45 +72,56 @@ FS_DEVICE void begin_call(const ClockTable& table) {
     }
   }
   __syncthreads();
+  if (table.history != nullptr && works) record_groups(table, skipped);
 }
 
-// Each thread takes consecutive rows, because neighbours share group and step more often than not, and then
-// their scalars, which cost two powers.
-FS_DEVICE void advance_rows(const ClockTable& table) {
-  const int rows_per_thread = (table.num_rows + kClockThreads - 1) / kClockThreads;
-  const int first = static_cast<int>(threadIdx.x) * rows_per_thread;
-  const int end = first + rows_per_thread < table.num_rows ? first + rows_per_thread : table.num_rows;
+// The first kClockThreads threads each take consecutive tensors, because neighbours share group and step more often
+// than not, and then their scalars, which cost two powers.
+FS_DEVICE void advance_tensors(const CallTable& table) {
+  if (threadIdx.x >= kClockThreads || table.num_runs == 0) return;
+  const CallRun* const runs = table.runs();
+  const int num_tensors = runs[table.num_runs - 1].end - table.first_tensor;
+  const int tensors_per_thread = (num_tensors + kClockThreads - 1) / kClockThreads;
+  const int first = static_cast<int>(threadIdx.x) * tensors_per_thread;
+  const int end = first + tensors_per_thread < num_tensors ? first + tensors_per_thread : num_tensors;
+  if (first >= end) return;
   const bool skipped = table.clock->skipped != 0;
-  const double grad_scale = table.grad_scale != nullptr ? static_cast<double>(*table.grad_scale) : 1.0;
+  const double grad_scale = grad_scale_of(table);
+  const double clip = table.norm != nullptr ? table.norm->clip : 1.0;
 
   ScalarSlot slot;
   int64_t slot_step = 0;
-  for (int row = first; row < end; ++row) {
-    const bool wide = table.computes_in_double[row] != 0;
+  uint32_t slot_detail = UINT32_MAX;  // of no run: groups are fewer
+  int run = find_entry(runs, table.num_runs, table.first_tensor + first);
+  for (int tensor = table.first_tensor + first; tensor < table.first_tensor + end; ++tensor) {
+    if (tensor >= runs[run].end) ++run;
+    const uint32_t detail = runs[run].detail;
+    const bool wide = (detail & 1u) != 0;
     if (skipped) {
-      table.scalars[row] = skipped_slot(wide);
+      table.scalars[tensor] = skipped_slot(wide);
       continue;
     }
-    const int group = table.group[row];
-    const int64_t step = advance_step(*reinterpret_cast<StepRecord*>(table.step[row]));
-    const bool same_as_previous = row > first && step == slot_step && group == table.group[row - 1] &&
-                                  wide == (table.computes_in_double[row - 1] != 0);
-    if (!same_as_previous) {
+    const int begin = run > 0 ? runs[run - 1].end : table.first_tensor;
+    const int64_t step = advance_step(reinterpret_cast<StepRecord*>(runs[run].step)[tensor - begin]);
+    if (step != slot_step || detail != slot_detail) {
+      const int group = static_cast<int>(detail >> 1);
       if (wide) {
-        slot.f64 = step_scalars<double>(table.groups[group], table.values[group], step, grad_scale);
+        slot.f64 = step_scalars<double>(table.groups[group], table.values[group], step, grad_scale, clip);
       } else {
-        slot.f32 = step_scalars<float>(table.groups[group], table.values[group], step, grad_scale);
+        slot.f32 = step_scalars<float>(table.groups[group], table.values[group], step, grad_scale, clip);
       }
       slot_step = step;
+      slot_detail = detail;
     }
-    slot.random = random_key(table.seed, table.clock->step, table.ordinal[row]);
-    table.scalars[row] = slot;
+    slot.random =
+        random_key(table.seed, table.clock->step, runs[run].first_ordinal + static_cast<uint32_t>(tensor - begin));
+    table.scalars[tensor] = slot;
   }
 }
 
-__global__ void __launch_bounds__(kClockThreads) clock_kernel(FS_KERNEL_TABLE(ClockTable) table) {
+__global__ void __launch_bounds__(kClockThreads) clock_kernel(FS_KERNEL_TABLE(CallTable) table) {
   if (table.begins_call) begin_call(table);
-  advance_rows(table);
+  advance_tensors(table);
 }
 
 }  // namespace fused_sched

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "../check_call.h"
-#include "clock_kernel.cuh"
+#include "launch.h"
 #include "metric_kernel.cuh"
 #include "update_kernel.cuh"
 
@@ -30,7 +30,8 @@ class RelaxedCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// How many blocks of a kernel the current device runs at once; asked once per kernel and device.
+}  // namespace
+
 int resident_blocks(const void* kernel, int num_threads, int device) {
   struct Answer {
     const void* kernel;
@@ -54,7 +55,7 @@ int resident_blocks(const void* kernel, int num_threads, int device) {
   return answers.back().blocks;
 }
 
-cudaStream_t stream_of(const fs_call& call) { return reinterpret_cast<cudaStream_t>(call.stream); }
+namespace {
 
 SelectedUpdate select_update(const fs_tensor& tensor) {
   if ((tensor.param_format == kFloat64) != (tensor.grad_format == kFloat64)) return {nullptr, 0};
@@ -171,47 +172,27 @@ void update(fs_call& call) {
   for (UpdateLauncher* launcher : used) launcher->launch();
 }
 
-void clock(fs_call& call) {
-  const std::unique_ptr<ClockTable> table(new ClockTable);
-  table->clock = call.clock;
-  table->groups = call.groups;
-  table->values = call.values;
-  table->found_inf = call.found_inf;
-  table->grad_scale = call.grad_scale;
-  table->seed = call.seed;
-  table->num_groups = static_cast<int32_t>(call.num_groups);
-  table->tick = call.tick != 0;
-  resident_blocks(reinterpret_cast<const void*>(static_cast<Kernel<ClockTable>>(clock_kernel)), kClockThreads,
-                  call.device);
-  int64_t first = 0;
-  do {
-    const int64_t left = call.num_tensors - first;
-    table->num_rows = static_cast<int32_t>(left < ClockTable::kCapacity ? left : ClockTable::kCapacity);
-    table->begins_call = first == 0;
-    table->scalars = call.scalars + first;
-    for (int32_t row = 0; row < table->num_rows; ++row) {
-      const fs_tensor& tensor = call.tensors[first + row];
-      table->step[row] = tensor.step;
-      table->group[row] = tensor.group;
-      table->ordinal[row] = tensor.ordinal;
-      table->computes_in_double[row] = tensor.param_format == kFloat64;
-    }
-    FS_CUDA_CHECK(launch_kernel<ClockTable>(clock_kernel, 1, kClockThreads, stream_of(call), *table));
-    ++call.launches;
-    first += table->num_rows;
-  } while (first < call.num_tensors);
-}
-
 }  // namespace
 }  // namespace fused_sched
 
 using namespace fused_sched;
 
+int fs_norm(fs_call* call, char* error) {
+  return report_failure(error, [&] {
+    const DeviceGuard guard(call->device);
+    check_and_load(*call);
+    check_norm(*call);
+    load_clock(*call);
+    launch_norm(*call);
+  });
+}
+
 int fs_clock(fs_call* call, char* error) {
   return report_failure(error, [&] {
     const DeviceGuard guard(call->device);
     check_and_load(*call);
-    clock(*call);
+    load_clock(*call);
+    launch_clock(*call);
   });
 }
 

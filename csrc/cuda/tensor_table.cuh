@@ -43,29 +43,4 @@ FS_DEVICE int find_tensor(const UpdateTable& table, int tile, int first) {
   return first;
 }
 
-// The tensors of one launch of the clock kernel. 17 bytes a tensor; more than kCapacity take further
-// launches, which only advance steps and derive scalars (begins_call is false).
-struct ClockTable {
-  static constexpr int kBytesPerTensor = 17;
-  static constexpr int kHeaderBytes = 88;
-  static constexpr int kCapacity = (kMaxParameterBytes - kHeaderBytes) / kBytesPerTensor / 8 * 8;
-
-  Clock* clock;
-  const GroupRecord* groups;
-  GroupValues* values;
-  ScalarSlot* scalars;  // of the first row of this launch
-  const float* found_inf;
-  const float* grad_scale;
-  uint64_t seed;
-  int32_t num_groups;
-  int32_t num_rows;
-  bool begins_call;
-  bool tick;
-  uint64_t step[kCapacity];  // address of a StepRecord
-  int32_t group[kCapacity];
-  uint32_t ordinal[kCapacity];
-  uint8_t computes_in_double[kCapacity];
-};
-static_assert(sizeof(ClockTable) <= kMaxParameterBytes, "");
-
 }  // namespace fused_sched

@@ -18,6 +18,11 @@ constexpr int kElementsPerThreadFloat64 = 2;
 // SM.
 constexpr int kClockThreads = 128;
 
+// 32 warps per SM, each with four 16-byte loads per thread in flight: 64 KB. The last block runs the clock, whose
+// evaluator needs the 64 registers that four blocks leave.
+constexpr int kNormThreads = 256;
+constexpr int kNormBlocksPerSm = 4;
+
 // Limit of a kernel's parameters since CUDA 12.1 (sm_70 and later).
 constexpr int kMaxParameterBytes = 32764;
 

@@ -63,6 +63,16 @@ GROUP = aligned(
     ]
 )
 VALUES = aligned([(name, "<f8") for name in HYPERPARAMETERS])
+SQUARE_SUM = aligned([("middle", "<f8"), ("large", "<f8"), ("small", "<f8")])
+NORM = aligned(
+    [
+        *((name, "<f8") for name in ("max_norm", "grad_divisor", "squares", "sum_root", "norm", "clip")),
+        ("skip_nonfinite", "<i4"),
+        ("blocks_done", "<u4"),
+    ]
+)
+HISTORY = aligned([("rows", "<u8"), ("row_length", "<i8"), ("num_groups", "<i8"), ("count", "<i8"), ("row", "<u8")])
+HISTORY_LENGTH, HISTORY_COLUMNS = 4096, 4
 SCALAR_FIELDS = ("grad_factor", "decay", "first_rate", "second_rate", "step_size", "inv_sqrt_bias2", "eps")
 SCALARS = {
     "<f4": aligned([*((name, "<f4") for name in SCALAR_FIELDS), ("flags", "<i4")]),
@@ -84,7 +94,11 @@ class Call(ctypes.Structure):
         ("scalars", ctypes.c_uint64),
         ("found_inf", ctypes.c_uint64),
         ("grad_scale", ctypes.c_uint64),
+        ("norm", ctypes.c_uint64),
+        ("chunk_sums", ctypes.c_uint64),
+        ("history", ctypes.c_uint64),
         ("seed", ctypes.c_uint64),
+        ("norm_is_reduced", ctypes.c_int32),
         ("tick", ctypes.c_int32),
         ("device", ctypes.c_int32),
         ("stream", ctypes.c_uint64),
@@ -131,6 +145,9 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.functions = ctypes.CDLL(str(path))
         self.functions.cuda_on_cpu_stream.restype = ctypes.c_uint64
+
+    def norm(self, call: Call) -> None:
+        self._run(self.functions.fs_norm, ctypes.byref(call))
 
     def clock(self, call: Call) -> None:
         self._run(self.functions.fs_clock, ctypes.byref(call))

@@ -40,16 +40,19 @@ struct Observed {
   bool capture_was_relaxed = false;  // when a kernel was last loaded
 };
 
-enum class State { kReady, kAtBarrier, kDone };
+enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
 
 struct Fiber {
   ucontext_t context;
   State state;
-  int barrier_line;
+  int line;  // of the barrier or shuffle it waits at
+  int distance;
+  double shuffled;  // what it passed, then what it got
   void* tsan;
 };
 
 constexpr size_t kStackBytes = 256 * 1024;
+constexpr unsigned kWarpThreads = 32;
 
 Settings settings;
 Observed observed;
@@ -135,10 +138,36 @@ void release_barrier() {
   int line = -1;
   for (unsigned i = 0; i < num_threads_of_block; ++i) {
     if (fibers[i]->state == State::kDone) stop("deadlock: a thread has returned, others wait at __syncthreads");
-    if (line >= 0 && fibers[i]->barrier_line != line) stop("divergence: threads wait at different __syncthreads");
-    line = fibers[i]->barrier_line;
+    if (line >= 0 && fibers[i]->line != line) stop("divergence: threads wait at different __syncthreads");
+    line = fibers[i]->line;
   }
   for (unsigned i = 0; i < num_threads_of_block; ++i) fibers[i]->state = State::kReady;
+}
+
+// Exchanges the values of the warps whose lanes have all arrived at a shuffle; whether any did.
+bool release_shuffles() {
+  bool released = false;
+  for (unsigned first = 0; first < num_threads_of_block; first += kWarpThreads) {
+    double passed[kWarpThreads];
+    unsigned arrived = 0;
+    for (unsigned lane = 0; lane < kWarpThreads && first + lane < num_threads_of_block; ++lane) {
+      const Fiber& fiber = *fibers[first + lane];
+      if (fiber.state != State::kAtShuffle) continue;
+      if (arrived > 0 && fiber.line != fibers[first]->line) stop("divergence: lanes of a warp at different shuffles");
+      passed[lane] = fiber.shuffled;
+      ++arrived;
+    }
+    if (arrived == 0) continue;
+    if (arrived != kWarpThreads) stop("deadlock: lanes of a warp wait at a shuffle that others do not reach");
+    for (unsigned lane = 0; lane < kWarpThreads; ++lane) {
+      Fiber& fiber = *fibers[first + lane];
+      const unsigned source = lane + static_cast<unsigned>(fiber.distance);
+      if (source < kWarpThreads) fiber.shuffled = passed[source];
+      fiber.state = State::kReady;
+    }
+    released = true;
+  }
+  return released;
 }
 
 void run_block(unsigned block) {
@@ -147,9 +176,11 @@ void run_block(unsigned block) {
   for (unsigned phase = 0;; ++phase) {
     bool waiting = false;
     for (unsigned thread : execution_order(num_threads_of_block, block * 31 + phase)) {
-      resume(thread);
+      if (fibers[thread]->state == State::kReady) resume(thread);
       waiting |= fibers[thread]->state == State::kAtBarrier;
     }
+    // Warps that shuffle go on, until every thread has returned or waits at a barrier.
+    if (release_shuffles()) continue;
     if (!waiting) return;
     release_barrier();
   }
@@ -183,10 +214,20 @@ dim3 block_size() { return {num_threads_of_block, 1, 1}; }
 dim3 grid_size() { return {num_blocks_of_grid, 1, 1}; }
 
 void synchronize_block(int line) {
-  fibers[current_thread]->barrier_line = line;
+  fibers[current_thread]->line = line;
   release(&barrier_order);
   suspend(State::kAtBarrier);
   acquire(&barrier_order);
+}
+
+double shuffle_down(unsigned mask, double value, int distance, int line) {
+  if (mask != 0xffffffffu) stop("only shuffles of whole warps are modelled");
+  Fiber& self = *fibers[current_thread];
+  self.line = line;
+  self.distance = distance;
+  self.shuffled = value;
+  suspend(State::kAtShuffle);  // orders no memory, as on a GPU
+  return self.shuffled;
 }
 
 }  // namespace cuda_on_cpu

@@ -3,11 +3,13 @@
 // sanitizers see every access: AddressSanitizer those out of bounds, UndefinedBehaviorSanitizer misaligned
 // vectors, ThreadSanitizer races between CUDA threads.
 //
-// Offered is what the kernels use: one-dimensional grids, __syncthreads, 16-byte and streaming accesses, and
-// the runtime calls of the launcher. Not modelled: warps, shared memory, atomics, several streams.
+// Offered is what the kernels use: one-dimensional grids, __syncthreads, shuffles of whole warps, static shared memory,
+// an atomic add, 16-byte and streaming accesses, and the runtime calls of the launcher. Blocks run one after another,
+// so fences do nothing and a missing one goes unnoticed. Not modelled: several streams.
 #pragma once
 
 #include <stddef.h>
+#include <string.h>
 
 #include <functional>
 
@@ -16,6 +18,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __shared__ static  // one block runs at a time
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -34,6 +37,15 @@ template <class T>
 __forceinline__ void __stcs(T* address, T value) {
   *address = value;
 }
+
+template <class T>
+__forceinline__ T __ldcg(const T* address) {
+  return *address;
+}
+__forceinline__ unsigned atomicAdd(unsigned* address, unsigned value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
+}
+__forceinline__ void __threadfence() {}
 
 // ---- the runtime: one function per call the launcher makes; each can be told to fail (see the .cpp) ----
 
@@ -68,6 +80,9 @@ dim3 block_size();
 dim3 grid_size();
 void synchronize_block(int line);
 
+// The value that the lane `distance` further on in the warp passed, or one's own where there is none.
+double shuffle_down(unsigned mask, double value, int distance, int line);
+
 }  // namespace cuda_on_cpu
 
 #define threadIdx (cuda_on_cpu::thread_index())
@@ -75,3 +90,4 @@ void synchronize_block(int line);
 #define blockDim (cuda_on_cpu::block_size())
 #define gridDim (cuda_on_cpu::grid_size())
 #define __syncthreads() cuda_on_cpu::synchronize_block(__LINE__)
+#define __shfl_down_sync(mask, value, distance) cuda_on_cpu::shuffle_down(mask, value, distance, __LINE__)

@@ -42,6 +42,13 @@ def padded(numel: int) -> int:
     return -(-numel // abi.PADDING) * abi.PADDING
 
 
+def chunk_lengths(numels: list[int]) -> list[int]:
+    """The elements of every chunk of the norm, in order (csrc/core/norm.h)."""
+    tiles = sum(-(-n // 4096) for n in numels)
+    length = 4096 * max(1, -(-tiles // 16384))
+    return [min(length, n - first) for n in numels for first in range(0, n, length)]
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     numel: int
@@ -111,6 +118,11 @@ class Problem:
         self.group_records = Buffer(abi.GROUP, len(self.groups))
         self.found_inf = Buffer(np.float32, 1)
         self.grad_scale = Buffer(np.float32, 1)
+        self.norm = Buffer(abi.NORM, 1)
+        self.norm.data["max_norm"], self.norm.data["grad_divisor"] = np.inf, 1.0
+        self.chunk_sums = Buffer(abi.SQUARE_SUM, len(chunk_lengths([s.numel for s in specs])))
+        self.history = Buffer(abi.HISTORY, 1)
+        self.history_rows = Buffer(np.float64, 0)
         self.programs: list[Buffer] = []
         self.scalar_tensors: list[Buffer] = []
         for record, group in zip(self.group_records.data, self.groups, strict=True):
@@ -149,6 +161,7 @@ class Problem:
     def buffers(self) -> list[Buffer]:
         state = [buffer for arena in self.arenas for buffer in arena.values()]
         others = [self.clock, self.values, self.scalars, self.group_records, self.found_inf, self.grad_scale]
+        others += [self.norm, self.chunk_sums, self.history, self.history_rows]
         return [*self.params, *self.grads, *self.steps, *state, *others, *self.scalar_tensors]
 
     def snapshot(self) -> list[bytes]:
@@ -208,7 +221,26 @@ class Problem:
                 edited = np.arange(n) % 8 == 3
                 self.params[index].data[edited] = np.resize([0, 0x8000, 0x7F80], np.count_nonzero(edited))
 
-    def call(self, tick: bool = True, found_inf: bool = False, grad_scale: bool = False, device: int = 0) -> abi.Call:
+    def record_history(self, num_groups: int | None = None) -> None:
+        """From now on calls write to a ring, with columns for the groups there are or as many as said."""
+        num_groups = len(self.groups) if num_groups is None else num_groups
+        row_length = abi.HISTORY_COLUMNS + 2 * num_groups
+        self.history_rows = Buffer(np.float64, abi.HISTORY_LENGTH * row_length)
+        self.history.data[0] = (self.history_rows.address, row_length, num_groups, self.history.data["count"][0], 0)
+
+    def rows(self) -> npt.NDArray[np.float64]:
+        """The ring's rows: clock, norm, clip, skipped, then rate and decay of each group."""
+        return self.history_rows.data.reshape(abi.HISTORY_LENGTH, -1)
+
+    def call(
+        self,
+        tick: bool = True,
+        found_inf: bool = False,
+        grad_scale: bool = False,
+        device: int = 0,
+        norm: bool = False,
+        norm_is_reduced: bool = False,
+    ) -> abi.Call:
         self.tensor_table = np.zeros(len(self.specs), abi.TENSOR)
         for row, spec, param, grad, step, offset in zip(
             self.tensor_table, self.specs, self.params, self.grads, self.steps, self.offsets, strict=True
@@ -234,7 +266,11 @@ class Problem:
             scalars=self.scalars.address,
             found_inf=self.found_inf.address if found_inf else 0,
             grad_scale=self.grad_scale.address if grad_scale else 0,
+            norm=self.norm.address if norm else 0,
+            chunk_sums=self.chunk_sums.address,
+            history=self.history.address if self.history_rows.size else 0,
             seed=self.seed,
+            norm_is_reduced=norm_is_reduced,
             tick=tick,
             device=device,
         )
