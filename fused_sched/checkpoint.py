@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import arena, hyperparameters
+from . import arena, dtensors, hyperparameters
 from . import state as states
 from ._warnings import warn_schedule
 
@@ -58,7 +58,8 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
         groups.append({**group, "params": [numbers[id(param)] for param in params]})
     packed: dict[Any, Any] = {}
     for key, value in optimizer.state.items():
-        if portable and isinstance(value, states.ParamState):
+        # A shard's codes mean nothing to a process that gets another part of the parameter.
+        if (portable or dtensors.is_distributed(key)) and isinstance(value, states.ParamState):
             value = {slot: value[slot] for slot in _PORTABLE_STATE if slot in value}
         if isinstance(key, torch.Tensor):
             if id(key) not in numbers:
@@ -98,7 +99,7 @@ def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
     saved_state = state_dict["state"]
     sources = {key: saved_state[key] for key in keys if key in saved_state}
     for param, key in zip(params, keys, strict=True):
-        states.check_source(param, sources.get(key, {}))
+        states.check_source(dtensors.local(param), dtensors.local_state(param, sources.get(key, {})))
     largest_step = _largest_step(sources.values())
     # With more steps than we counted, another optimizer went on: its rate is not a factor of our schedule.
     ours = all(largest_step == group.get("clock_step", largest_step) for group in saved_groups)
