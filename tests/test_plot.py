@@ -102,6 +102,7 @@ def test_momentum_is_drawn_below_the_rate() -> None:
     assert top is rate
     assert (top.get_ylabel(), below.get_ylabel()) == ("learning rate", "momentum")
     assert below.get_xlabel() == "update"
+    assert below.get_shared_x_axes().joined(top, below)
     assert list(ONE_CYCLE.companions) == [text.get_text() for text in below.get_legend().get_texts()]
     for line, companion in zip(below.lines, ONE_CYCLE.companions.values(), strict=True):
         steps, values = line.get_data()

@@ -40,6 +40,12 @@ def step_count(who: str, name: str, got: Any, *, at_least: int | None = 1, remed
     return value
 
 
+def duration(who: str, name: str, got: Any) -> float:
+    """A finite number of steps that need not be whole, nor positive; an int where it is whole, as people write it."""
+    steps = number(who, name, got)
+    return int(steps) if steps.is_integer() else steps
+
+
 def longer(who: str, total_steps: int, name: str, part_steps: int) -> None:
     """total_steps leaves at least one step after a part."""
     if total_steps <= part_steps:

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from math import floor
 
-from ..program import Clamp, Clock, Curve, Tree
-from ..reference_schedule import value
+from ..program import Clamp, Clock, Curve, Tree, evaluate_at, pack
 from . import checks
 from .base import set_fields
 from .library import LibrarySchedule
@@ -103,8 +102,7 @@ class OptimizerParamScheduler(MegatronSchedule):
             set_fields(self, **{name: checks.number(word, name, getattr(self, name))})
         for name in ("lr_warmup_steps", "lr_decay_steps", "wd_incr_steps", "wsd_decay_steps"):
             if getattr(self, name) is not None or name != "wsd_decay_steps":
-                steps = checks.number(word, name, getattr(self, name))
-                set_fields(self, **{name: int(steps) if steps.is_integer() else steps})
+                set_fields(self, **{name: checks.duration(word, name, getattr(self, name))})
         set_fields(self, increment=checks.step_count(word, "increment", self.increment))
         self._check_arguments()
         # What step(0) in the constructor meets: first the rate, then the weight decay.
@@ -225,7 +223,7 @@ class OptimizerParamScheduler(MegatronSchedule):
         tree = self._rate()
         failing = self._failing_update()
         if failing is not None:
-            last = value(tree, float((failing - 1) * self.increment))
+            last = evaluate_at(pack(tree), float((failing - 1) * self.increment))
             tree = phases((tree, flat(last)), (float(failing * self.increment),))
         return self._per_update(tree if self.lr_mult == 1.0 else Clamp(tree, scale=self.lr_mult))
 

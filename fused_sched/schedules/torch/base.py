@@ -1,0 +1,98 @@
+"""What the schedules of torch.optim.lr_scheduler share."""
+
+from __future__ import annotations
+
+import sys
+from abc import abstractmethod
+from typing import NamedTuple
+
+from ...program import Curve, Tree
+from ..library import LibrarySchedule
+from ..nodes import flat
+from ..plain_numbers import make_numbers_plain
+
+#: The way out for what torch runs and these classes do not express.
+ELSE_TABULATE = "tabulate its rates with schedules.from_callable(function, num_steps)"
+
+
+class Failure(NamedTuple):
+    """torch raises `error` where it should compute the rate of an update."""
+
+    update: int
+    error: str
+    remedy: str
+
+
+class TorchSchedule(LibrarySchedule, library="torch", abstract=True):
+    """A schedule of torch.optim.lr_scheduler for one parameter group.
+
+    torch's arguments in torch's order, without `optimizer` and `last_epoch`; `base_lr` is the `initial_lr` that torch
+    reads from the group. One update is one `scheduler.step()`. Where torch raises during training, the rates before are
+    torch's and the last of them is held.
+    """
+
+    def check(self) -> None:
+        make_numbers_plain(self)
+
+    def failure(self) -> Failure | None:
+        """What torch raises at the earliest, after the constructor."""
+        return None
+
+    # SequentialLR begins its first child as its constructor does, and a later one by `_update_lr(0)`, which uses the
+    # closed form where the class has one. The two differ for degenerate arguments only.
+
+    def lower_restarted(self) -> Tree:
+        """The schedule as a later child of SequentialLR, on a clock that is 0 at its milestone."""
+        return self.lower()
+
+    def failure_restarted(self) -> Failure | None:
+        """What torch raises at the earliest, as a later child of SequentialLR."""
+        return self.failure()
+
+    @property
+    def repeats_epoch_zero(self) -> bool:
+        """Is the rate the same after another step to epoch 0? SequentialLR takes one in a chain that it begins with."""
+        return True
+
+    def oddity(self) -> str | None:
+        failure = self.failure()
+        if failure is None:
+            return None
+        return (
+            f"torch raises {failure.error} at the step to update {failure.update}, where this schedule holds the rate "
+            f"before; {failure.remedy}"
+        )
+
+
+class Chainable(TorchSchedule, abstract=True):
+    """A schedule whose next rate is the optimizer's present one times a factor: a product with others in a chain."""
+
+    base_lr: float
+
+    @abstractmethod
+    def lower_from(self, base_lr: float) -> Tree:
+        """The schedule of another base rate."""
+
+    def lower(self) -> Tree:
+        return self.lower_from(self.base_lr)
+
+
+def is_reached(epoch: float, *, first: int = 1) -> bool:
+    """Does the epoch, counted up from `first` by ones, ever equal this number?"""
+    return epoch >= first and float(epoch).is_integer()
+
+
+def bounded(value: float) -> float:
+    """The nearest finite double: an optimizer refuses a schedule that is ever infinite, however late."""
+    return max(-sys.float_info.max, min(sys.float_info.max, value))
+
+
+def geometric(start: float, gamma: float, steps: float | None = None) -> Curve:
+    """`start * gamma^t`, or on stairs of `steps` updates. Growth ends at the largest double, as for `bounded`."""
+    if start == 0.0:
+        return flat(0.0)
+    largest = sys.float_info.max
+    divisor, stairs = (1.0, 0.0) if steps is None else (float(steps), 1.0)
+    if abs(gamma) <= 1.0:
+        return Curve("exponential", divisor=divisor, stairs=stairs, p=gamma, scale=start)
+    return Curve("exponential", divisor=divisor, stairs=stairs, p=gamma, scale=start, low=-largest, high=largest)
