@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 #: State that torch's AdamW knows, plus the masters.
 _PORTABLE_STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
 
+#: Counts of updates that a float32 "step" tells apart.
+_EXACT_IN_FLOAT32 = 2**24
+
 #: Options that the live optimizer decides, whatever the checkpoint says.
 _LIVE_WINS = (
     "params",
@@ -27,6 +30,7 @@ _LIVE_WINS = (
     "moments",
     "clock",
     "clock_step",
+    "group_index",
     "schedules",
     "metric_state",
     *hyperparameters.TORCH_ONLY,
@@ -50,7 +54,7 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
         for name in ("lr", "weight_decay"):
             if name not in record.schedules:
                 group[f"{name}_reference"] = group[name]  # a ratio of 1, whoever wrote the option
-        group |= {"clock": clock, "clock_step": clock_step}
+        group |= {"clock": clock, "clock_step": clock_step, "group_index": len(groups)}
         if record.machine is not None:
             group["metric_state"] = record.machine.export()
         if not portable:
@@ -61,6 +65,9 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
         # A shard's codes mean nothing to a process that gets another part of the parameter.
         if (portable or dtensors.is_distributed(key)) and isinstance(value, states.ParamState):
             value = {slot: value[slot] for slot in _PORTABLE_STATE if slot in value}
+        elif clock_step <= _EXACT_IN_FLOAT32 and isinstance(value, states.ParamState) and not value.changed:
+            # DeepSpeed's universal checkpoint cuts the padding off every tensor that is not called "step".
+            value = {name: content for name, content in value.items() if name != "step_int64"}
         if isinstance(key, torch.Tensor):
             if id(key) not in numbers:
                 raise RuntimeError(

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -59,7 +60,7 @@ def free_port() -> int:
         return port
 
 
-def start(command: list[str], world_size: int, folder: Path, timeout: float = 600.0) -> list[str]:
+def start(command: list[str], world_size: int, folder: Path, timeout: float = 300.0) -> list[str]:
     """Run a command as `world_size` ranks; what each printed. Raises if one fails."""
     port = free_port()
     logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
@@ -69,13 +70,18 @@ def start(command: list[str], world_size: int, folder: Path, timeout: float = 60
         )
         for rank, log in enumerate(logs)
     ]
+    deadline = time.monotonic() + timeout
+    codes: list[int | None] = [None] * world_size
     try:
-        codes = [process.wait(timeout) for process in processes]
+        for rank, process in enumerate(processes):
+            codes[rank] = process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        pass  # None is the exit code of a rank that hangs
     finally:
         for process in processes:
             process.kill()
     printed = [log.read_text() for log in logs]
-    if any(codes):
+    if any(code != 0 for code in codes):
         tails = "\n".join(
             f"--- rank {rank}, exit code {codes[rank]}\n{text[-6000:]}" for rank, text in enumerate(printed)
         )
@@ -83,12 +89,15 @@ def start(command: list[str], world_size: int, folder: Path, timeout: float = 60
     return printed
 
 
-def outcomes(worker: str, world_size: int, *arguments: str) -> dict[str, str]:
-    """Run a worker file's checks; the traceback of each, empty where it passed on every rank."""
+def outcomes(worker: str, world_size: int, *arguments: str, shared: Path | None = None) -> dict[str, str]:
+    """Run a worker file's checks; the traceback of each, empty where it passed on every rank.
+
+    shared: a folder that one run of a worker file leaves to the next.
+    """
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        start([sys.executable, str(HERE / f"{worker}.py"), str(folder), *arguments], world_size, folder)
-        ranks = [json.loads((folder / f"outcome{rank}.json").read_text()) for rank in range(world_size)]
+        run = Path(name)
+        start([sys.executable, str(HERE / f"{worker}.py"), str(shared or run), *arguments], world_size, run)
+        ranks = [json.loads((run / f"outcome{rank}.json").read_text()) for rank in range(world_size)]
     return {
         check: "\n".join(f"rank {rank}: {outcome[check]}" for rank, outcome in enumerate(ranks) if outcome[check])
         for check in ranks[0]
@@ -96,7 +105,7 @@ def outcomes(worker: str, world_size: int, *arguments: str) -> dict[str, str]:
 
 
 def run_checks(checks: Checks) -> None:
-    """What a worker file ends with. The first argument is the folder for its files."""
+    """What a worker file ends with; its outcome goes to the working directory, which is this run's own."""
     import torch.distributed as dist
 
     rank = int(os.environ["RANK"])
@@ -111,7 +120,7 @@ def run_checks(checks: Checks) -> None:
             outcome[name] = traceback.format_exc()
             print(name, outcome[name], flush=True)
         dist.barrier()
-    (folder() / f"outcome{rank}.json").write_text(json.dumps(outcome))
+    Path(f"outcome{rank}.json").write_text(json.dumps(outcome))
     leave()
 
 
@@ -125,5 +134,5 @@ def leave() -> None:
 
 
 def folder() -> Path:
-    """The folder that the ranks of this run share."""
+    """The folder that the ranks share."""
     return Path(sys.argv[1])
