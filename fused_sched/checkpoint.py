@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 #: State that torch's AdamW knows, plus the masters.
 _PORTABLE_STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
 
-#: Counts of updates that a float32 "step" tells apart.
-_EXACT_IN_FLOAT32 = 2**24
-
 #: Options that the live optimizer decides, whatever the checkpoint says.
 _LIVE_WINS = (
     "params",
@@ -45,7 +42,7 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
     """
     clock, clock_step = optimizer.clock, _largest_step(optimizer.state.values())
     numbers: dict[int, int] = {}
-    groups = []
+    groups: list[dict[str, Any]] = []
     for record in optimizer._records.of(optimizer.param_groups):
         params = record.group["params"]
         for param in params:
@@ -62,12 +59,8 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
         groups.append({**group, "params": [numbers[id(param)] for param in params]})
     packed: dict[Any, Any] = {}
     for key, value in optimizer.state.items():
-        # A shard's codes mean nothing to a process that gets another part of the parameter.
-        if (portable or dtensors.is_distributed(key)) and isinstance(value, states.ParamState):
-            value = {slot: value[slot] for slot in _PORTABLE_STATE if slot in value}
-        elif clock_step <= _EXACT_IN_FLOAT32 and isinstance(value, states.ParamState) and not value.changed:
-            # DeepSpeed's universal checkpoint cuts the padding off every tensor that is not called "step".
-            value = {name: content for name, content in value.items() if name != "step_int64"}
+        if isinstance(value, states.ParamState):
+            value = _exported_state(value, portable, reshardable=dtensors.is_distributed(key))
         if isinstance(key, torch.Tensor):
             if id(key) not in numbers:
                 raise RuntimeError(
@@ -77,6 +70,17 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
             key = numbers[id(key)]
         packed[key] = dict(value) if isinstance(value, dict) else value
     return {"state": packed, "param_groups": groups}
+
+
+def _exported_state(state: states.ParamState, portable: bool, reshardable: bool) -> dict[str, Any]:
+    # A shard's codes mean nothing to a process that gets another part of the parameter.
+    names = [name for name in _PORTABLE_STATE if name in state] if portable or reshardable else list(state)
+    exported = {name: state[name] for name in names}
+    count = state.get("step_int64")
+    if not portable and count is not None:
+        # No tensor: DeepSpeed's universal checkpoint cuts the padding off every tensor that is not called "step".
+        exported["step_int64"] = int(count)
+    return exported
 
 
 def _largest_step(values: Iterable[Any]) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,10 +65,12 @@ def convert(shared: Path) -> None:
         subprocess.run([*tool, *folders, *workers], check=True, capture_output=True, timeout=120)
 
 
-PHASE = {"save": save, "load": load}[sys.argv[2]]
-for _config in CONFIGS:
-    CHECKS[_config.name] = lambda config=_config: PHASE(config)  # type: ignore[misc]
+def registered(phase: Callable[[Config], None], config: Config) -> Callable[[], None]:
+    return lambda: phase(config)
+
 
 if __name__ == "__main__":
+    for _config in CONFIGS:
+        CHECKS[_config.name] = registered({"save": save, "load": load}[sys.argv[2]], _config)
     deepspeed.init_distributed("gloo", verbose=False)
     run_checks(CHECKS)
