@@ -56,11 +56,11 @@ void append_hyperparameter(py::list& fields, const std::string& name, size_t off
 // struct name -> layout
 py::dict layouts() {
   py::dict all;
-  all["tensor"] =
-      layout(sizeof(fs_tensor), FS_FIELD(fs_tensor, param), FS_FIELD(fs_tensor, grad), FS_FIELD(fs_tensor, step),
-             FS_FIELD(fs_tensor, numel), FS_FIELD(fs_tensor, state_offset), FS_FIELD(fs_tensor, arena),
-             FS_FIELD(fs_tensor, group), FS_FIELD(fs_tensor, param_format), FS_FIELD(fs_tensor, grad_format),
-             FS_FIELD(fs_tensor, master), FS_FIELD(fs_tensor, moments), FS_FIELD(fs_tensor, amsgrad));
+  all["tensor"] = layout(sizeof(fs_tensor), FS_FIELD(fs_tensor, param), FS_FIELD(fs_tensor, grad),
+                         FS_FIELD(fs_tensor, step), FS_FIELD(fs_tensor, numel), FS_FIELD(fs_tensor, state_offset),
+                         FS_FIELD(fs_tensor, arena), FS_FIELD(fs_tensor, group), FS_FIELD(fs_tensor, ordinal),
+                         FS_FIELD(fs_tensor, param_format), FS_FIELD(fs_tensor, grad_format),
+                         FS_FIELD(fs_tensor, master), FS_FIELD(fs_tensor, moments), FS_FIELD(fs_tensor, amsgrad));
   all["clock"] = layout(sizeof(Clock), FS_FIELD(Clock, step), FS_FIELD(Clock, tick_pending), FS_FIELD(Clock, skipped));
   all["step_record"] = layout(sizeof(StepRecord), FS_FIELD(StepRecord, count), FS_FIELD(StepRecord, mirror));
   const py::tuple group = layout(sizeof(GroupRecord), FS_FIELD(GroupRecord, eps), FS_FIELD(GroupRecord, grad_divisor),
@@ -154,6 +154,7 @@ PYBIND11_MODULE(FS_MODULE, module) {
       .FS_ADDRESS(scalars)
       .FS_ADDRESS(found_inf)
       .FS_ADDRESS(grad_scale)
+      .def_readwrite("seed", &fs_call::seed)
       .def_readwrite("num_tensors", &fs_call::num_tensors)
       .def_readwrite("num_arenas", &fs_call::num_arenas)
       .def_readwrite("num_groups", &fs_call::num_groups)
@@ -210,9 +211,22 @@ PYBIND11_MODULE(FS_MODULE, module) {
   FS_METRIC_RULES(FS_EXPORT)
   module.attr("METRIC_RULES") = table;
 #undef FS_EXPORT
+  // Bytes per element of what each format keeps, and elements per byte of scale (0: none).
+  table = py::dict();
+#define FS_EXPORT_MASTER(identifier, tag, name, ...) table[name] = kMasterBytes[identifier];
+  FS_MASTERS(FS_EXPORT_MASTER)
+#undef FS_EXPORT_MASTER
+  module.attr("MASTER_BYTES") = table;
+  table = py::dict();
+#define FS_EXPORT_MOMENTS(identifier, tag, name, ...) \
+  table[name] = py::make_tuple(kMomentBytes[identifier], kScaleGroup[identifier]);
+  FS_MOMENTS(FS_EXPORT_MOMENTS)
+#undef FS_EXPORT_MOMENTS
+  module.attr("MOMENT_BYTES") = table;
   module.attr("LAYOUTS") = layouts();
   module.attr("PADDING") = static_cast<int>(kPadding);
-  module.attr("SLOTS") = py::make_tuple("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master");
+  module.attr("SLOTS") =
+      py::make_tuple("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "exp_avg_scale", "exp_avg_sq_scale");
   module.attr("GROUP_FLAGS") = py::dict(py::arg("decoupled") = static_cast<int>(kGroupDecoupled),
                                         py::arg("maximize") = static_cast<int>(kGroupMaximize));
 

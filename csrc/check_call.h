@@ -9,9 +9,11 @@ namespace fused_sched {
 #define FS_NAME(identifier, tag, name, ...) name,
 constexpr const char* kFormatNames[] = {FS_FORMATS(FS_NAME)};
 constexpr const char* kMasterNames[] = {FS_MASTERS(FS_NAME)};
+constexpr const char* kMomentsNames[] = {FS_MOMENTS(FS_NAME)};
 #undef FS_NAME
 constexpr int kNumFormats = sizeof(kFormatNames) / sizeof(kFormatNames[0]);
 constexpr int kNumMasters = sizeof(kMasterNames) / sizeof(kMasterNames[0]);
+constexpr int kNumMoments = sizeof(kMomentsNames) / sizeof(kMomentsNames[0]);
 
 // Elements of one tensor. A CUDA launch numbers the tiles of its tensors with 30 bits, and the smallest tile
 // (fp64) has 2^9 elements.
@@ -21,16 +23,18 @@ constexpr int64_t kMaxElements = int64_t{1} << 39;
 template <class Supported>
 void check_formats(const fs_tensor& tensor, int64_t index, Supported supported) {
   const long long i = index;
-  if (tensor.param_format >= kNumFormats || tensor.grad_format >= kNumFormats || tensor.master >= kNumMasters) {
-    fail("tensor %lld: unknown tag among parameter %d, gradient %d, master %d", i, tensor.param_format,
-         tensor.grad_format, tensor.master);
+  if (tensor.param_format >= kNumFormats || tensor.grad_format >= kNumFormats || tensor.master >= kNumMasters ||
+      tensor.moments >= kNumMoments) {
+    fail("tensor %lld: unknown tag among parameter %d, gradient %d, master %d, moments %d", i, tensor.param_format,
+         tensor.grad_format, tensor.master, tensor.moments);
   }
   if (!supported(tensor)) {
     fail(
-        "tensor %lld: no update for %s parameters with %s gradients, master \"%s\" and moments tag %d: on CUDA fp64 "
-        "goes with fp64 alone, and only 16-bit parameters have masters; convert the gradients",
+        "tensor %lld: no update for %s parameters with %s gradients, master \"%s\" and moments \"%s\"%s: on CUDA fp64 "
+        "goes with fp64 alone; only bf16 parameters have split or stochastic masters, and fp16 ones fp32 masters; "
+        "fp64 and amsgrad need fp32 moments",
         i, kFormatNames[tensor.param_format], kFormatNames[tensor.grad_format], kMasterNames[tensor.master],
-        tensor.moments);
+        kMomentsNames[tensor.moments], tensor.amsgrad ? " with amsgrad" : "");
   }
 }
 
@@ -45,7 +49,9 @@ inline void check_placement(const fs_call& call, int64_t index) {
     fail("tensor %lld: arena must be in [0, %lld), got %d", i, static_cast<long long>(call.num_arenas), tensor.arena);
   }
   const fs_arena& arena = call.arenas[tensor.arena];
-  const bool needed[kNumSlots] = {true, true, tensor.amsgrad != 0, tensor.master != kMasterNone};
+  const bool has_scales = kScaleGroup[tensor.moments] != 0;
+  const bool needed[kNumSlots] = {true,       true,      tensor.amsgrad != 0, kMasterBytes[tensor.master] != 0,
+                                  has_scales, has_scales};
   for (int slot = 0; slot < kNumSlots; ++slot) {
     if (needed[slot] && (arena.slot[slot] == 0 || arena.slot[slot] % 16 != 0)) {
       fail("tensor %lld: slot %d of arena %d must be a 16-byte aligned address, got 0x%llx", i, slot, tensor.arena,

@@ -10,8 +10,17 @@
 extern "C" {
 
 // The state of many tensors in few allocations. Every slot of a batch has the same layout in elements, so a
-// tensor's state is one offset; 0 marks a slot this batch does not have.
-enum { kExpAvg = 0, kExpAvgSq = 1, kMaxExpAvgSq = 2, kMasterWeight = 3, kNumSlots = 4 };
+// tensor's state is one offset; 0 marks a slot this batch does not have. What a slot holds per element (a scale:
+// per group of elements) is the format's: core/master.h, core/moments.h.
+enum {
+  kExpAvg = 0,
+  kExpAvgSq = 1,
+  kMaxExpAvgSq = 2,
+  kMasterWeight = 3,
+  kExpAvgScale = 4,
+  kExpAvgSqScale = 5,
+  kNumSlots = 6
+};
 
 struct fs_arena {
   uint64_t slot[kNumSlots];  // 16-byte aligned addresses
@@ -29,12 +38,13 @@ struct fs_tensor {
   int64_t state_offset;  // elements into the arena, a multiple of kPadding
   int32_t arena;
   int32_t group;
+  uint32_t ordinal;      // place of the parameter among all of the optimizer's, of stochastic rounding
   uint8_t param_format;  // Format
   uint8_t grad_format;   // Format
   uint8_t master;        // Master
   uint8_t moments;       // Moments
   uint8_t amsgrad;
-  uint8_t reserved[3];
+  uint8_t reserved[7];
 };
 
 // One call of the optimizer on one device. `tensors` and `arenas` are host memory, read before the call
@@ -51,6 +61,7 @@ struct fs_call {
   fused_sched::ScalarSlot* scalars;  // num_tensors
   const float* found_inf;            // null: none
   const float* grad_scale;           // null: none
+  uint64_t seed;                     // of stochastic rounding
   int32_t tick;
   int32_t device;
   uint64_t stream;

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # with docs, where this script is, on the path already
 
-from pictures import Curve, curves, gallery, picture  # noqa: E402
+from pictures import Curve, Picture, curves  # noqa: E402
 from schedule_samples import SAMPLES, evaluated, words  # noqa: E402
 
 from fused_sched import schedules  # noqa: E402
@@ -84,11 +84,11 @@ PANELS = {
 }
 
 
-def files() -> dict[Path, str]:
-    """What this script writes."""
-    written = {PICTURES / f"{word}.svg": picture(sample(word), SAMPLES[word]) for word in words()}
+def pictures() -> dict[Path, Picture]:
+    """What this script draws."""
+    drawn = {PICTURES / f"{word}.svg": Picture(SAMPLES[word], {"": sample(word)}) for word in words()}
     panels = {title: shown(evaluated(expression)) for title, expression in PANELS.items()}
-    return {PAGE: page(), GALLERY: gallery(panels, 3, f"Learning rates of {', '.join(PANELS)}"), **written}
+    return {GALLERY: Picture(f"Learning rates of {', '.join(PANELS)}", panels, columns=3), **drawn}
 
 
 def page() -> str:
@@ -212,12 +212,13 @@ def shown(schedule: Schedule) -> list[Curve]:
 
 def main() -> None:
     PICTURES.mkdir(parents=True, exist_ok=True)
-    made = files()
-    for stale in set(PICTURES.iterdir()) - set(made):
+    drawn = pictures()
+    for stale in set(PICTURES.iterdir()) - set(drawn):
         stale.unlink()
-    for path, text in made.items():
-        path.write_text(text)
-    print(f"wrote {PAGE.relative_to(ROOT)} and {len(made) - 1} pictures")
+    for path, picture in drawn.items():
+        picture.save(path)
+    PAGE.write_text(page())
+    print(f"wrote {PAGE.relative_to(ROOT)} and {len(drawn)} pictures")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from . import dtensors, precision
+from .codec import Stream
 
 #: Slots of `fs_arena` in `csrc/step.h`, in its order.
-SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
+SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "exp_avg_scale", "exp_avg_sq_scale")
 
 #: Elements to which each parameter's state is padded: whole vectors, whole quantisation groups.
 PADDING = 256
@@ -49,14 +50,13 @@ class Layout:
             dtype=param.dtype,
             device=param.device,
             master=precision.resolve_master(group["master"], param.dtype),
-            moments=group["moments"],
+            moments=precision.resolve_moments(group["moments"], param.dtype),
             amsgrad=bool(group["amsgrad"]),
         )
 
     @property
-    def slots(self) -> tuple[str, ...]:
-        wanted = {"max_exp_avg_sq": self.amsgrad, "master": self.master == "fp32"}
-        return tuple(slot for slot in SLOTS if wanted.get(slot, True))
+    def streams(self) -> tuple[Stream, ...]:
+        return precision.streams(self.dtype, self.master, self.moments, self.amsgrad)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -75,7 +75,7 @@ class Layout:
 class Arena:
     """The memory of a batch of parameters: one buffer per slot, and one of step records."""
 
-    buffers: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]  # by slot
     records: torch.Tensor
 
     @property
@@ -101,7 +101,8 @@ class Entry:
 
     def __post_init__(self) -> None:
         if self.arena is not None:
-            self.tensors = {name: self.view(name) for name in (*self.layout.slots, "step", "step_int64")}
+            names = (*(stream.name for stream in self.layout.streams), "step", "step_int64")
+            self.tensors = {name: self.view(name) for name in names}
             self.pointers = self.current_pointers()
 
     @property
@@ -116,10 +117,9 @@ class Entry:
             field, dtype = ("mirror", torch.float32) if name == "step" else ("count", torch.int64)
             start = self.index * STEP_RECORD_BYTES + STEP_RECORD_OFFSETS[field]
             return _carve(self.arena.records, start, (), (), dtype)
-        dtype = self.layout.compute_dtype
-        return _carve(
-            self.arena.buffers[name], self.offset * dtype.itemsize, self.layout.shape, self.layout.stride, dtype
-        )
+        stream = next(stream for stream in self.layout.streams if stream.name == name)
+        start = self.offset // stream.group * stream.dtype.itemsize
+        return _carve(self.arena.buffers[stream.slot], start, *shape_of(self.layout, stream), stream.dtype)
 
     def current_pointers(self) -> tuple[int, ...]:
         """Where the visible tensors are; differs from `pointers` when one's `.data` was set."""
@@ -136,9 +136,16 @@ class Entry:
         return self.arena is not None and self.current_pointers() != self.pointers
 
 
+def shape_of(layout: Layout, stream: Stream) -> tuple[Sequence[int], Sequence[int]]:
+    """Shape and strides of one of a parameter's state tensors: the parameter's, or those of a vector of scales."""
+    if stream.group == 1:
+        return layout.shape, layout.stride
+    return (-(-layout.numel // stream.group),), (1,)
+
+
 def bytes_of(layout: Layout) -> int:
     """Persistent bytes of one parameter's state, padding included."""
-    return layout.padded_numel * layout.compute_dtype.itemsize * len(layout.slots)
+    return sum(layout.padded_numel // stream.group * stream.dtype.itemsize for stream in layout.streams)
 
 
 def dense_stride(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -183,24 +190,24 @@ class _Batch:
 def allocate(layouts: Sequence[Layout]) -> list[Entry]:
     """Zeroed state for parameters of one device, in one arena per kind of state."""
     entries: list[Entry | None] = [None] * len(layouts)
-    batches: dict[tuple[torch.dtype, tuple[str, ...]], _Batch] = {}
+    batches: dict[tuple[Stream, ...], _Batch] = {}
     for position, layout in enumerate(layouts):
-        batch = batches.setdefault((layout.compute_dtype, layout.slots), _Batch())
+        batch = batches.setdefault(layout.streams, _Batch())
         batch.layouts.append(layout)
         batch.positions.append(position)
-    for (dtype, slots), batch in batches.items():
-        for position, entry in zip(batch.positions, _allocate_batch(batch.layouts, dtype, slots), strict=True):
+    for streams, batch in batches.items():
+        for position, entry in zip(batch.positions, _allocate_batch(batch.layouts, streams), strict=True):
             entries[position] = entry
     return [entry for entry in entries if entry is not None]
 
 
-def _allocate_batch(layouts: Sequence[Layout], dtype: torch.dtype, slots: tuple[str, ...]) -> list[Entry]:
+def _allocate_batch(layouts: Sequence[Layout], streams: tuple[Stream, ...]) -> list[Entry]:
     device = layouts[0].device
     if device.type not in _DEVICES_WITH_ARENAS:
-        return [_allocate_alone(layout, dtype, slots) for layout in layouts]
+        return [_allocate_alone(layout, streams) for layout in layouts]
     padded_total = max(PADDING, sum(layout.padded_numel for layout in layouts))
     arena = Arena(
-        buffers={slot: torch.zeros(padded_total, dtype=dtype, device=device) for slot in slots},
+        buffers={s.slot: torch.zeros(padded_total // s.group, dtype=s.dtype, device=device) for s in streams},
         records=torch.zeros(len(layouts) * STEP_RECORD_BYTES, dtype=torch.uint8, device=device),
     )
     entries = []
@@ -211,11 +218,11 @@ def _allocate_batch(layouts: Sequence[Layout], dtype: torch.dtype, slots: tuple[
     return entries
 
 
-def _allocate_alone(layout: Layout, dtype: torch.dtype, slots: tuple[str, ...]) -> Entry:
+def _allocate_alone(layout: Layout, streams: tuple[Stream, ...]) -> Entry:
     """Ordinary tensors, for devices that only the reference backend serves."""
     tensors = {
-        slot: torch.empty_strided(layout.shape, layout.stride, dtype=dtype, device=layout.device).zero_()
-        for slot in slots
+        stream.name: torch.empty_strided(*shape_of(layout, stream), dtype=stream.dtype, device=layout.device).zero_()
+        for stream in streams
     }
     tensors["step"] = torch.zeros((), dtype=torch.float32, device=layout.device)
     tensors["step_int64"] = torch.zeros((), dtype=torch.int64, device=layout.device)

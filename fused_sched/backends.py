@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import arena, metric_rule, precision
+from . import arena, codec, metric_rule, precision
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def check_name(name: object) -> None:
 def _check_tables(name: str, module: ModuleType) -> None:
     expected = {
         "FORMATS": set(precision.FORMATS.values()),
-        "MASTERS": set(precision.MASTERS),
-        "MOMENTS": set(precision.MOMENTS),
+        "MASTERS": set(codec.MASTERS),
+        "MOMENTS": set(codec.MOMENTS),
     }
     for table, names in expected.items():
         built = set(getattr(module, table))
@@ -104,6 +104,12 @@ def _check_tables(name: str, module: ModuleType) -> None:
                 f"expected {sorted(names)}; rebuild the package"
             )
     metric_rule.check_module(module)
+    kept = {name: sum(s.dtype.itemsize for s in streams) for name, streams in codec.MASTERS.items()}
+    coded = {
+        name: (streams[0].dtype.itemsize, codec.GROUP * (len(streams) > 2)) for name, streams in codec.MOMENTS.items()
+    }
+    if (kept, coded) != (module.MASTER_BYTES, module.MOMENT_BYTES):
+        raise ImportError(f"fused_sched backend {name!r} keeps other bytes per element; rebuild the package")
     record_bytes, record_fields = module.LAYOUTS["step_record"]
     offsets = {field: offset for field, _, offset in record_fields}
     same_record = record_bytes == arena.STEP_RECORD_BYTES and offsets == arena.STEP_RECORD_OFFSETS

@@ -178,7 +178,7 @@ class OptimizerBase(Optimizer):
     def _reset_runtime(self, backend: str, clock: int) -> None:
         """What is rebuilt rather than saved: engines, prepared calls, the tick rule's memory."""
         self._records = GroupTable()
-        self._devices = Devices(backend, clock)
+        self._devices = Devices(backend, clock, self._seed)
         self._ticks = TickRule()
         self._applied_settings: list[GroupSettings] = []
         self._resumed = False  # a checkpoint was loaded, and no step taken since
@@ -212,6 +212,7 @@ class OptimizerBase(Optimizer):
         groups, metric_states = state.pop("_groups", None), state.pop("_metric_states", ())
         backend, clock = state.pop("_backend", "auto"), state.pop("_clock", 0)
         if groups is not None:
+            self._seed = state["_seed"]
             self._reset_runtime(backend, clock)
             self._resumed = clock > 0
             for group, schedules in groups:

@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import arena, dtensors, hyperparameters
+from . import arena, conversion, dtensors, hyperparameters
 from . import state as states
 from ._warnings import warn_schedule
 
 if TYPE_CHECKING:
     from .groups import GroupRecord
     from .optimizer import FusedScheduledAdam
-
-#: State that torch's AdamW knows, plus the masters.
-_PORTABLE_STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
 
 #: Options that the live optimizer decides, whatever the checkpoint says.
 _LIVE_WINS = (
@@ -60,7 +57,7 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
     packed: dict[Any, Any] = {}
     for key, value in optimizer.state.items():
         if isinstance(value, states.ParamState):
-            value = _exported_state(value, portable, reshardable=dtensors.is_distributed(key))
+            value = _exported_state(key, value, portable)
         if isinstance(key, torch.Tensor):
             if id(key) not in numbers:
                 raise RuntimeError(
@@ -72,14 +69,14 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
     return {"state": packed, "param_groups": groups}
 
 
-def _exported_state(state: states.ParamState, portable: bool, reshardable: bool) -> dict[str, Any]:
-    # A shard's codes mean nothing to a process that gets another part of the parameter.
-    names = [name for name in _PORTABLE_STATE if name in state] if portable or reshardable else list(state)
-    exported = {name: state[name] for name in names}
-    count = state.get("step_int64")
-    if not portable and count is not None:
+def _exported_state(param: Any, state: states.ParamState, portable: bool) -> dict[str, Any]:
+    exported = dict(state)
+    if portable or (dtensors.is_distributed(param) and not dtensors.is_reshardable(state)):
+        exported = conversion.portable(dtensors.local(param), dtensors.local_state(param, state))
+        exported = dtensors.shown(param, exported)
+    if not portable and "step_int64" in state:
         # No tensor: DeepSpeed's universal checkpoint cuts the padding off every tensor that is not called "step".
-        exported["step_int64"] = int(count)
+        exported["step_int64"] = int(state["step_int64"])
     return exported
 
 
@@ -108,9 +105,9 @@ def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
     params = list(chain.from_iterable(group["params"] for group in groups))
     keys = list(chain.from_iterable(group["params"] for group in saved_groups))
     saved_state = state_dict["state"]
-    sources = {key: saved_state[key] for key in keys if key in saved_state}
+    sources = {key: _found(saved_state[key]) for key in keys if key in saved_state}
     for param, key in zip(params, keys, strict=True):
-        states.check_source(dtensors.local(param), dtensors.local_state(param, sources.get(key, {})))
+        conversion.check_source(dtensors.local(param), dtensors.local_state(param, sources.get(key, {})))
     largest_step = _largest_step(sources.values())
     # With more steps than we counted, another optimizer went on: its rate is not a factor of our schedule.
     ours = all(largest_step == group.get("clock_step", largest_step) for group in saved_groups)
@@ -132,6 +129,21 @@ def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
     optimizer._applied_settings, optimizer._resumed = [], clock > 0
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
+
+
+def _found(saved: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's saved state without empty dicts.
+
+    They are what torch.distributed.checkpoint puts in place of keys that this optimizer's state has and a flattened
+    checkpoint has not.
+    """
+    found = {name: value for name, value in saved.items() if not isinstance(value, dict) or value}
+    if len(found) < len(saved) and not found.keys() & {"exp_avg", "exp_avg_code"}:
+        raise ValueError(
+            "the flattened checkpoint has the moments in another format than this optimizer, which torch does not hand "
+            'over; use the nested form (flatten_optimizer_state_dict=False), or moments="fp32"'
+        )
+    return found
 
 
 def _check_sizes(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:

@@ -17,7 +17,9 @@ from .reference import ReferenceEngine
 
 
 class Call(NamedTuple):
-    """What one call of step() updates: parameters, their gradients, and the index of each one's group.
+    """What one call of step() updates: parameters, their gradients, the index of each one's group, and its place
+    among all parameters of the groups.
+
 
     The owners are what the groups hold and the state is kept for. Where one is a DTensor, the parameter is its shard.
     """
@@ -26,6 +28,7 @@ class Call(NamedTuple):
     params: list[torch.Tensor]
     grads: list[torch.Tensor]
     groups: list[int]
+    ordinals: list[int]
 
 
 #: Functions that call step() only to make an optimizer allocate its state: (name, start of the module's name).
@@ -38,9 +41,10 @@ _DRY_RUNS = (
 class Devices:
     """Engines by device, and the call they are prepared for."""
 
-    def __init__(self, backend: str, clock: int) -> None:
+    def __init__(self, backend: str, clock: int, seed: int) -> None:
         backends.check_name(backend)
         self.backend = backend
+        self._seed = seed
         self.engines: dict[torch.device, Engine] = {}
         self._initial_clock = clock
         self._mirror = clock  # T as the host knows it
@@ -56,7 +60,8 @@ class Devices:
         engine = self.engines.get(device)
         if engine is None:
             backend = backends.select(self.backend, device)
-            engine = ReferenceEngine(backend, device) if backend.module is None else CompiledEngine(backend, device)
+            engine_type = ReferenceEngine if backend.module is None else CompiledEngine
+            engine = engine_type(backend, device, self._seed)
             engine.write_clock(self.read_clock())
             self.engines[device] = engine
         return engine
@@ -94,7 +99,7 @@ class Devices:
             )
         self.allocate(state, call, options)
         self._drop_engines_without_parameters(options)
-        works = [Work(p, g, i, state[owner].entry) for owner, p, g, i in zip(*call, strict=True)]
+        works = [Work(p, g, group, state[o].entry, ordinal) for o, p, g, group, ordinal in zip(*call, strict=True)]
         self._routes = []
         # Also those without a tensor in this call: their clocks tick with the others.
         for device, engine in self.engines.items():
@@ -179,7 +184,7 @@ def _key(call: Call, options: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
     """What must be equal for a prepared call to serve again; the tensors are looked at apart."""
     layout_options = [(o["master"], o["moments"], o["amsgrad"]) for o in options]
     shards = [] if call.params is call.owners else [id(p) for p in call.params]
-    return [id(p) for p in call.owners], shards, call.groups, layout_options
+    return [id(p) for p in call.owners], shards, call.groups, call.ordinals, layout_options
 
 
 def called_for_allocation() -> bool:

@@ -70,15 +70,20 @@ def like(param: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:
 
 
 def shown(param: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A parameter's state as its users see it: what has the shard's shape is distributed as the parameter is."""
+    """A parameter's state as its users see it: what has a value per element is distributed as the parameter is."""
     if not is_distributed(param):
         return dict(tensors)
-    shape = local(param).shape
-    counts = ("step", "step_int64")
-    return {
-        name: like(param, value) if name not in counts and value.shape == shape else value
-        for name, value in tensors.items()
-    }
+    return {name: like(param, value) if _is_elementwise(name) else value for name, value in tensors.items()}
+
+
+def _is_elementwise(name: str) -> bool:
+    """Whether a state tensor has a value for each of the parameter's elements: no count, no scale of several."""
+    return name not in ("step", "step_int64") and not name.endswith("_scale")
+
+
+def is_reshardable(state: Mapping[str, Any]) -> bool:
+    """Whether a parameter's state can be cut into other shards: a scale belongs to several elements of this one."""
+    return not any(name.endswith("_scale") for name in state)
 
 
 def local_state(param: torch.Tensor, state: Mapping[str, Any]) -> dict[str, Any]:

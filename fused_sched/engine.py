@@ -61,13 +61,14 @@ def is_capturing(device: torch.device) -> bool:
 class CompiledEngine:
     """Runs the clock and the update of `csrc/step.h` on one device."""
 
-    def __init__(self, backend: Backend, device: torch.device) -> None:
+    def __init__(self, backend: Backend, device: torch.device, seed: int) -> None:
         assert backend.module is not None
         self.backend = backend
         self.device = device
         self._module = backend.module
         self._call = self._module.Call()
         self._call.device = device.index or 0
+        self._call.seed = seed
         layouts = {name: packing.layout_dtype(self._module, name) for name in ("clock", "group", "values", "scalars")}
         self._group_dtype = layouts["group"]
         self._scalar_bytes = layouts["scalars"].itemsize

@@ -15,7 +15,7 @@ from .schedules.metric import MetricSchedule
 
 #: Options whose values decide a group's settings.
 _READ = ("lr", "lr_reference", "betas", "eps", "weight_decay", "weight_decay_reference", "decoupled_weight_decay",
-         "maximize", "master", "moments")  # fmt: skip
+         "amsgrad", "maximize", "master", "moments")  # fmt: skip
 
 
 @dataclass
@@ -30,7 +30,7 @@ class GroupRecord:
 
     def __post_init__(self) -> None:
         self.start_machine()
-        self._given = {key: self.group[key] for key in (*_READ, "amsgrad") if key in self.group}
+        self._given = {key: self.group[key] for key in _READ if key in self.group}
 
     def start_machine(self) -> None:
         """The lr has a new schedule: one that follows metrics has had no report yet."""

@@ -149,7 +149,7 @@ def check_schedule(name: str, schedule: Schedule) -> None:
             f"a schedule for {name} must {rule} at every update, got {float(values[first])!r} at update "
             f"{steps[first]}; end it before, as in join([schedule, constant(value)], [{steps[first]}])"
         )
-    said = isinstance(schedule, LibrarySchedule) and schedule.oddity() is not None  # when it was constructed
+    said = isinstance(schedule, LibrarySchedule) and schedule.warning() is not None  # when it was constructed
     if name == "lr" and (values < 0.0).any() and not said:
         first = int(np.argmax(values < 0.0))
         warn_schedule(
@@ -177,7 +177,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     _check_number("weight_decay", options["weight_decay"], 0.0, math.inf)
     for name in ("decoupled_weight_decay", "amsgrad", "maximize"):
         _check_flag(name, options[name])
-    precision.check_names(options["master"], options["moments"])
+    precision.check_names(options["master"], options["moments"], options["amsgrad"])
 
 
 def _check_number(name: str, got: Any, low: float, high: float) -> None:
@@ -198,7 +198,7 @@ def check_seed(got: Any) -> int:
     """The seed of stochastic rounding as an int."""
     if isinstance(got, bool) or not isinstance(got, Integral):
         raise TypeError(f"seed must be an int, got {got!r} of type {type(got).__name__}; pass int(...) of it")
-    return int(got)
+    return int(got) & (2**64 - 1)
 
 
 def check_grad_divisor(got: Any) -> float:

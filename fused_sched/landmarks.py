@@ -95,12 +95,14 @@ def _length(node: Repeat) -> float:
 
 
 def _before_clock(node: Clock, t: float) -> float:
-    """The first time that a clock shows its child as t."""
+    """The first time at which a clock shows its child t or more."""
     if t == -inf or node.multiplier == 0.0:
         return -inf
     if node.multiplier < 0.0:
         return inf if t > 0.0 else -inf
-    return ((t * node.every if node.every else t) - node.addend) / node.multiplier
+    if node.every and t < inf:
+        t = math.ceil(t) * node.every  # the child sees whole numbers only
+    return (t - node.addend) / node.multiplier
 
 
 def _extremes(node: Tree, begin: float, end: float) -> Iterator[float]:

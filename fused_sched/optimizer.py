@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import arena, checkpoint, dtensors, hyperparameters, packing
+from . import arena, checkpoint, dtensors, hyperparameters, packing, precision
 from . import state as states
 from .base import NO_CLOCK, OptimizerBase
 from .devices import Call, called_for_allocation
@@ -36,10 +36,14 @@ class FusedScheduledAdam(OptimizerBase):
         decoupled_weight_decay: AdamW's decay; False adds weight_decay * w to the gradient (Adam). Per group.
         amsgrad: divide by the largest second moment so far. Per group.
         maximize: ascend. Per group.
-        master: where the exact value of a 16-bit parameter is kept: "none" or "fp32"; "auto" is "fp32". Per group.
-        moments: storage of the moments: "fp32" (fp64 for float64 parameters). Per group.
+        master: where the exact value of a 16-bit parameter is kept. "fp32"; "split16": the low half of an exact fp32
+            master beside a bfloat16 parameter; "split8": 8 of its bits; "stochastic": nowhere, the parameter is rounded
+            without bias; "none": nowhere, to nearest. "auto" is "split16" for bfloat16, "fp32" for float16, which
+            has no others but "none". Ignored by float32 and float64 parameters. Per group.
+        moments: storage of the moments: "fp32", "bf16", or "8bit" (codes, and a scale per 16 elements). float64
+            parameters have float64 ones. Per group.
         grad_divisor: gradients are divided by it inside the update (micro-batches accumulated by summing).
-        seed: of stochastic rounding.
+        seed: of stochastic rounding; not saved in checkpoints. Its lower 64 bits count.
         backend: "cuda", "cpu" or "reference"; "auto" takes the fastest that serves each parameter's device.
 
     Raises:
@@ -128,6 +132,7 @@ class FusedScheduledAdam(OptimizerBase):
             for tensor in tensors:
                 if isinstance(tensor, torch.Tensor):
                     packing.check_param(tensor)
+                    precision.resolve_master(options["master"], tensor.dtype)
             if len({id(tensor) for tensor in tensors}) != len(tensors):
                 raise ValueError("a parameter group must name each parameter once, got one of them twice; remove it")
         super().add_param_group(options)
@@ -196,10 +201,12 @@ class FusedScheduledAdam(OptimizerBase):
 
     def _collect(self) -> Call:
         owners: list[torch.Tensor] = []
-        call = Call(owners, owners, [], [])
+        call = Call(owners, owners, [], [], [])
+        ordinal = -1
         for group in self.param_groups:
             index = self._records.index_of(group, self.param_groups)
             for p in group["params"]:
+                ordinal += 1
                 grad = p.grad
                 if grad is None:
                     grad = getattr(p, "main_grad", None)
@@ -210,6 +217,7 @@ class FusedScheduledAdam(OptimizerBase):
                 owners.append(p)
                 call.grads.append(grad)
                 call.groups.append(index)
+                call.ordinals.append(ordinal)
         if not dtensors.any_distributed(owners) and not dtensors.any_distributed(call.grads):
             return call
         grads = [dtensors.local_grad(p, g) for p, g in zip(owners, call.grads, strict=True)]

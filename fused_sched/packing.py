@@ -26,6 +26,7 @@ class Work(NamedTuple):
     grad: torch.Tensor
     group: int
     entry: Entry
+    ordinal: int  # place of the parameter among all of the optimizer's
 
 
 #: What must stay the same for a row to be reused, pointers aside.
@@ -201,6 +202,7 @@ class Plan:
         self.rows["state_offset"] = [w.entry.offset for w in works]
         self.rows["arena"] = [index_of[id(w.entry.arena)] for w in works]
         self.rows["group"] = [w.group for w in works]
+        self.rows["ordinal"] = [w.ordinal for w in works]
         self.rows["param_format"] = [module.FORMATS[precision.FORMATS[w.param.dtype]] for w in works]
         self.rows["master"] = [module.MASTERS[w.entry.layout.master] for w in works]
         self.rows["moments"] = [module.MOMENTS[w.entry.layout.moments] for w in works]

@@ -124,7 +124,7 @@ def _draw(figure: Figure, schedules: Sequence[Schedule], num_steps: int, labels:
 
 def _draw_rates(ax: Axes, schedules: Sequence[Schedule], num_steps: int, labels: Sequence[str]) -> None:
     for schedule, label in zip(schedules, labels, strict=True):
-        starts = _phase_starts(schedule, num_steps)
+        starts = marked_phases(schedule, num_steps)
         steps = _steps_to_show(starts, num_steps)
         (line,) = ax.plot(steps, schedule(steps), label=label)
         _mark_phases(ax, starts, line.get_color())
@@ -141,21 +141,21 @@ def _draw_companions(
     for index, (schedule, others) in enumerate(zip(schedules, companions, strict=True)):
         here = [name for name in others if _LOWER_AXES[name] == title]
         for name in here:
-            starts = _phase_starts(others[name], num_steps)
+            starts = marked_phases(others[name], num_steps)
             steps = _steps_to_show(starts, num_steps)
             label = f"_{name}" if name in named else name  # matplotlib's legend leaves out what begins with _
             ax.plot(steps, others[name](steps), _LINE_STYLES.get(name, "-"), color=f"C{index}", label=label)
             named.add(name)
         if here:
-            _mark_phases(ax, _phase_starts(schedule, num_steps), f"C{index}")
+            _mark_phases(ax, marked_phases(schedule, num_steps), f"C{index}")
     ax.set_ylabel(title)
     ax.grid(alpha=0.3)
     if named != {"weight_decay"}:
         ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)  # over no curve
 
 
-def _phase_starts(schedule: Schedule, num_steps: int) -> list[int]:
-    """None, where there are too many to be marked."""
+def marked_phases(schedule: Schedule, num_steps: int) -> list[int]:
+    """Updates at which phases begin; none where there are too many to be marked."""
     starts = landmarks.phase_starts(schedule.tree, num_steps, most_cycles=_MOST_MARKS)
     return starts if len(starts) <= _MOST_MARKS else []
 

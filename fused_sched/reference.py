@@ -1,19 +1,20 @@
 """The step in plain torch operations: the fallback on any device, and the compiled code's twin in tests.
 
-The one deliberate second copy of `csrc/core/adam.h` and `csrc/core/clock.h`. It keeps the clock on the host and
-reads step counts back, so it waits for the device; its results differ from the compiled ones by the few ulp
-that separate roundings make.
+The one deliberate second copy of `csrc/core/adam.h` and `csrc/core/clock.h`, as `codec.py` is of the formats. It
+keeps the clock on the host and reads step counts back, so it waits for the device; its results differ from the
+compiled ones by the few ulp that separate roundings make. The formats give the same bits for the same values.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from . import reference_metric
+from . import codec, reference_metric
+from .arena import Layout, is_dense
 from .backends import Backend
 from .hyperparameters import GroupSettings, Source
 from .machine import Machine
@@ -31,9 +32,10 @@ class _Values:
 class ReferenceEngine:
     """Same duties as CompiledEngine, without compiled code."""
 
-    def __init__(self, backend: Backend, device: torch.device) -> None:
+    def __init__(self, backend: Backend, device: torch.device, seed: int) -> None:
         self.backend = backend
         self.device = device
+        self._seed = seed
         self._clock = 0
         self._tick_pending = False
         self._settings: list[GroupSettings] = []
@@ -69,7 +71,8 @@ class ReferenceEngine:
         values = [self._evaluate(s, t) for s, t in zip(self._settings, self._lr_tensors, strict=True)]
         self._lrs.copy_(torch.tensor([v.lr for v in values], dtype=torch.float64))
         for work in works:
-            _update(work, self._settings[work.group], values[work.group], scale)
+            random = codec.random_key(self._seed, self._clock, work.ordinal)
+            _update(work, self._settings[work.group], values[work.group], scale, random)
 
     def _evaluate(self, settings: GroupSettings, lr_tensor: torch.Tensor | None) -> _Values:
         index = max(0, self._clock - 1)
@@ -120,19 +123,18 @@ def _advance(work: Work) -> int:
     return step
 
 
-def _update(work: Work, settings: GroupSettings, values: _Values, grad_scale: float) -> None:
+def _update(work: Work, settings: GroupSettings, values: _Values, grad_scale: float, random: codec.RandomKey) -> None:
     step = _advance(work)
     param, layout, state = work.param, work.entry.layout, work.entry.tensors
     dtype = layout.compute_dtype
     sign = -1.0 if settings.maximize else 1.0
-    grad = work.grad.detach().to(dtype) * (sign / (grad_scale * settings.grad_divisor))
-    if layout.master == "fp32":
-        weight = state["master"]
-        weight.copy_(
-            torch.where(_same_bits(_encode_beside_master(weight, param.dtype), param), weight, param.to(dtype))
-        )
-    else:
-        weight = param.to(dtype, copy=True)
+    # In the parameter's memory order, which random bits and quantisation groups follow; sliced parameters and
+    # gradients of another order are copied into it.
+    dense = param if is_dense(param) and not param.is_neg() else _laid_out(param, layout)
+    grad = codec.in_memory_order(_laid_out(work.grad.detach(), layout)).to(dtype)
+    grad = grad * (sign / (grad_scale * settings.grad_divisor))
+    narrow = layout.dtype.itemsize == 2
+    weight = codec.decode_master(layout.master, dense, state) if narrow else codec.in_memory_order(dense).clone()
 
     old = weight.clone()
     if values.weight_decay != 0.0:
@@ -140,17 +142,40 @@ def _update(work: Work, settings: GroupSettings, values: _Values, grad_scale: fl
             weight -= (values.lr * values.weight_decay) * old
         else:
             grad = grad + values.weight_decay * old
-    exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+    exp_avg, exp_avg_sq = (_moment(name, state).to(dtype) for name in ("exp_avg", "exp_avg_sq"))
     _move(exp_avg, grad, values.beta1)
     _move(exp_avg_sq, grad * grad, values.beta2)
     second = exp_avg_sq
     if layout.amsgrad:
-        second = torch.maximum(state["max_exp_avg_sq"], exp_avg_sq, out=state["max_exp_avg_sq"])
+        largest = codec.in_memory_order(state["max_exp_avg_sq"])
+        second = torch.maximum(largest, exp_avg_sq, out=largest)
     bias1 = 1.0 - values.beta1**step
     bias2 = 1.0 - values.beta2**step
     denominator = second.sqrt() * (1.0 / math.sqrt(bias2)) + settings.eps
     weight -= (values.lr / bias1) * (exp_avg / denominator)
-    param.copy_(_encode_beside_master(weight, param.dtype) if layout.master == "fp32" else weight)
+
+    if layout.moments != "fp32":
+        for name, coded in codec.encode_moments(layout.moments, exp_avg, exp_avg_sq, random).items():
+            codec.in_memory_order(state[name]).copy_(coded)
+    rounded, kept = codec.encode_master(layout.master, weight, layout.dtype, random) if narrow else (weight, None)
+    if kept is not None:
+        codec.in_memory_order(state[codec.MASTERS[layout.master][0].name]).copy_(kept)
+    codec.in_memory_order(dense).copy_(rounded)
+    if dense is not param:
+        param.copy_(dense)
+
+
+def _laid_out(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The tensor, or a copy whose elements lie in memory as the layout's do."""
+    if tensor.stride() == layout.stride and not tensor.is_neg():
+        return tensor
+    return torch.empty_strided(layout.shape, layout.stride, dtype=tensor.dtype, device=layout.device).copy_(tensor)
+
+
+def _moment(name: str, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    value = codec.decode_moment(name, state)
+    assert value is not None
+    return value
 
 
 def _move(average: torch.Tensor, new: torch.Tensor, beta: float) -> None:
@@ -160,15 +185,3 @@ def _move(average: torch.Tensor, new: torch.Tensor, beta: float) -> None:
         torch.sub(new, distance * beta, out=average)
     else:
         average += distance * (1.0 - beta)
-
-
-def _encode_beside_master(master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """bf16: ties away from zero, as `csrc/core/codec.h` rounds beside a master."""
-    if dtype != torch.bfloat16:
-        return master.to(dtype)
-    away = ((master.contiguous().view(torch.int32) + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
-    return torch.where(master.isnan(), master.to(dtype), away)
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return a.contiguous().view(torch.int16) == b.contiguous().view(torch.int16)

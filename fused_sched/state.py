@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from . import dtensors
-from .arena import SLOTS, Entry, Layout, allocate
+from .arena import Entry, Layout, allocate
+from .conversion import CODES, FLOATS, check_source, fill
 
 
 class ParamState(dict[str, Any]):
@@ -30,9 +31,9 @@ class ParamState(dict[str, Any]):
     def publish(self, entry: Entry, param: torch.Tensor) -> None:
         """Show this entry's tensors, keeping keys that are not ours."""
         super().update(dtensors.shown(param, entry.tensors))
-        for slot in SLOTS:
-            if slot not in entry.tensors:
-                super().pop(slot, None)
+        for key in (*FLOATS, *CODES):
+            if key not in entry.tensors:
+                super().pop(key, None)
         self.entry = entry
         self.changed = False
 
@@ -140,71 +141,6 @@ class StateMap(defaultdict[Any, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StateMap, (dict(self),)
-
-
-def check_source(param: torch.Tensor, source: Mapping[str, Any]) -> None:
-    """Raise if values found in a state dict cannot be taken over for this parameter."""
-    for slot in SLOTS:
-        value = source.get(slot)
-        if value is None:
-            continue
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            raise TypeError(f"state {slot!r} must be a floating-point tensor, got {_describe(value)}")
-        if value.shape != param.shape:
-            raise ValueError(
-                f"state {slot!r} must have its parameter's shape {tuple(param.shape)}, got {tuple(value.shape)}; "
-                "was the checkpoint made from another model?"
-            )
-    for key in ("step", "step_int64"):
-        value = source.get(key, 0)
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
-            if value.device.type != "cpu":
-                continue  # reading it would wait for the device; the clock ignores what is no count
-            value = value.item()
-        if not isinstance(value, (int, float)):
-            raise TypeError(f"state {key!r} must be a number or a tensor of one element, got {_describe(value)}")
-        if not 0 <= value < 2**63:
-            raise ValueError(f"state {key!r} must be a count of updates, got {value!r}")
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    return f"{value!r} of type {type(value).__name__}"
-
-
-@torch.no_grad()
-def fill(entry: Entry, param: torch.Tensor, source: Mapping[str, Any]) -> None:
-    """Copy values into the entry's own memory; what the source lacks starts fresh."""
-    for slot in entry.layout.slots:
-        target = entry.tensors[slot]
-        value = source.get(slot)
-        if value is target:
-            continue
-        if value is not None:
-            target.copy_(value)
-        elif slot == "master":
-            target.copy_(param)
-        else:
-            target.zero_()
-    _fill_step(entry, source)
-
-
-def _fill_step(entry: Entry, source: Mapping[str, Any]) -> None:
-    mirror, count = entry.tensors["step"], entry.tensors["step_int64"]
-    new_count = source.get("step_int64")
-    new_mirror = source.get("step", 0 if new_count is None else new_count)
-    if new_count is count and new_mirror is not mirror:
-        new_count = new_mirror  # only the mirror was written
-    elif new_mirror is mirror and new_count is not None and new_count is not count:
-        new_mirror = new_count  # only the count was written
-    for target, value in ((mirror, new_mirror), (count, new_mirror if new_count is None else new_count)):
-        if value is target:
-            continue
-        if isinstance(value, torch.Tensor):
-            target.copy_(value.reshape(()))
-        else:
-            target.fill_(value)
 
 
 def ensure(state: StateMap, params: Iterable[torch.Tensor], layouts: Iterable[Layout]) -> None:

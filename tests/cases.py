@@ -133,6 +133,8 @@ CASES: tuple[Case, ...] = (
     one_group("bf16_without_master", (Tensors(SHAPES, "bf16"),), lr=LR, weight_decay=0.1, master="none"),
     one_group("fp16_with_master", (Tensors(SHAPES, "fp16"),), lr=LR, amsgrad=True, master="fp32"),
     one_group("fp16_without_master", (Tensors(SHAPES, "fp16"),), lr=LR, master="none"),
+    one_group("bf16_split", (Tensors(SHAPES, "bf16"),), lr=LR, weight_decay=DECAY, amsgrad=True, master="split16"),
+    one_group("all_dtypes_by_default", ALL_DTYPES, lr=LR, weight_decay=0.1),
     one_group("all_dtypes_in_a_group", ALL_DTYPES, lr=LR, weight_decay=0.1, master="fp32"),
     one_group("all_dtypes_without_master", ALL_DTYPES, lr=LR, weight_decay=0.1, master="none"),
     one_group("gradients_of_another_dtype", MIXED_GRADS, lr=LR, weight_decay=0.1, master="fp32"),
@@ -140,8 +142,32 @@ CASES: tuple[Case, ...] = (
 )
 
 
+# Compressed state, which the oracle knows nothing of: its formats' error bounds are test_codec.py's, and what all
+# backends make of it must be the same bits.
+LADDER = (1, 15, 16, 17, 33, 257)
+COMPRESSED: tuple[Case, ...] = tuple(
+    one_group(
+        f"{dtype}_{master}_{moments}",
+        (Tensors(((9,),)), Tensors(tuple((n,) for n in LADDER), dtype), Tensors(((3, 11), ()), dtype, grad_dtype)),
+        lr=LR,
+        weight_decay=0.1,
+        master=master,
+        moments=moments,
+        seed=7,
+    )
+    for dtype, masters, grad_dtype in (
+        ("bf16", ("none", "fp32", "split16", "split8", "stochastic"), "fp32"),
+        ("fp16", ("none", "fp32"), "bf16"),
+        ("fp32", ("none",), "fp16"),
+    )
+    for master in masters
+    for moments in ("fp32", "bf16", "8bit")
+    if moments != "fp32" or master in ("split16", "split8", "stochastic")
+)
+
+
 def by_name(name: str) -> Case:
-    return next(case for case in CASES if case.name == name)
+    return next(case for case in (*CASES, *COMPRESSED) if case.name == name)
 
 
 def values_of(tensor: torch.Tensor) -> Array:
@@ -180,7 +206,9 @@ def _in_oracle_words(options: dict[str, Any]) -> Options:
     def function(value: Any) -> Any:
         return value.function if isinstance(value, TwoWords) else value
 
-    renamed = {key: function(value) for key, value in options.items() if key not in ("betas", "master")}
+    renamed = {
+        key: function(value) for key, value in options.items() if key not in ("betas", "master", "moments", "seed")
+    }
     if "betas" in options:
         renamed["beta1"], renamed["beta2"] = map(function, options["betas"])
     if "decoupled_weight_decay" in renamed:

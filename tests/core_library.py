@@ -19,6 +19,10 @@ TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
 FloatArray = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+Numbers = npt.NDArray[np.int32]
+Words = int | npt.NDArray[np.uint32]  # one for all elements, or one for each
 
 
 def compiler() -> str:
@@ -70,10 +74,67 @@ class CoreLibrary:
         self._library.evaluate_at(_address(buffer), _address(times), _address(out), ctypes.c_int64(times.size))
         return out
 
+    # ---- storage formats: arrays in, arrays out, of the dtypes that are stored ----
+
+    def encode_master(self, tag: str, weight: Floats, random: Words) -> tuple[npt.NDArray[np.uint16], Numbers]:
+        weight, random = _as(np.float32, weight), _words(random, len(weight))
+        param, kept = np.zeros(len(weight), np.uint16), np.zeros(len(weight), np.int32)
+        self._run("encode_master", tag.encode(), weight, random, len(weight), param, kept)
+        return param, kept
+
+    def decode_master(self, tag: str, param: npt.ArrayLike, kept: npt.ArrayLike) -> Floats:
+        param, kept = _as(np.uint16, param), _as(np.int32, kept)
+        weight = np.zeros(len(param), np.float32)
+        self._run("decode_master", tag.encode(), param, kept, len(param), weight)
+        return weight
+
+    def encode_8bit(self, name: str, value: Floats, random: Words) -> tuple[Bytes, Bytes]:
+        """Codes and scales of "exp_avg" or "exp_avg_sq"."""
+        value, random = _as(np.float32, value), _words(random, len(value))
+        code, scale = np.zeros(len(value), np.uint8), np.zeros(-(-len(value) // 16), np.uint8)
+        self._run("encode_8bit", name == "exp_avg", value, random, len(value), code, scale)
+        return code, scale
+
+    def decode_8bit(self, name: str, code: Bytes, scale: Bytes) -> Floats:
+        code, scale = _as(np.uint8, code), _as(np.uint8, scale)
+        value = np.zeros(len(code), np.float32)
+        self._run("decode_8bit", name == "exp_avg", code, scale, len(code), value)
+        return value
+
+    def encode_second_bf16(self, value: Floats, random: Words) -> npt.NDArray[np.uint16]:
+        value, random = _as(np.float32, value), _words(random, len(value))
+        stored = np.zeros(len(value), np.uint16)
+        self._run("encode_second_bf16", value, random, len(value), stored)
+        return stored
+
+    def random(self, seed: int, clock_step: int, ordinal: int, count: int, first: int = 0) -> npt.NDArray[np.uint32]:
+        out = np.zeros(count, np.uint32)
+        key = (ctypes.c_uint64(seed), ctypes.c_int64(clock_step), ctypes.c_uint32(ordinal), ctypes.c_int64(first))
+        self._library.random_of(*key, ctypes.c_int64(count), _address(out))
+        return out
+
+    def _run(self, name: str, *arguments: bytes | bool | int | npt.NDArray[np.generic]) -> None:
+        def converted(argument: bytes | bool | int | npt.NDArray[np.generic]) -> object:
+            if isinstance(argument, np.ndarray):
+                return _address(argument)
+            if isinstance(argument, bool):
+                return ctypes.c_int32(argument)
+            return ctypes.c_int64(argument) if isinstance(argument, int) else argument
+
+        getattr(self._library, name)(*map(converted, arguments))
+
 
 @cache
 def core(*flags: str) -> CoreLibrary:
     return CoreLibrary(*flags)
+
+
+def _as(dtype: npt.DTypeLike, values: npt.ArrayLike) -> npt.NDArray[np.generic]:
+    return np.ascontiguousarray(values, dtype=dtype)
+
+
+def _words(random: Words, count: int) -> npt.NDArray[np.uint32]:
+    return np.ascontiguousarray(np.broadcast_to(np.asarray(random, np.uint32), count))
 
 
 def _operands(x: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from fused_sched.schedules import Schedule
 
 FOLDER = Path(__file__).parent / "golden"
 Record = dict[str, Any]
+
+#: Arguments of the libraries' constructors that mean a schedule from its start, which ours have not.
+FROM_THE_START = (("last_epoch", -1), ("last_batch_iteration", -1))
 
 #: Names of companions in the records.
 COMPANIONS = {"beta1": "momentum", "weight_decay": "weight_decay"}
@@ -39,9 +44,11 @@ def schedules_from_record(record: Record) -> dict[str, Schedule]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ScheduleWarning)  # odd arguments are what many records are about
-        config = dict(record["config"])
-        if "expr" in config:
-            config["n"] = max(record["steps"]) + 1
+        config = {
+            name: value for name, value in deepcopy(record["config"]).items() if (name, value) not in FROM_THE_START
+        }
+        if record["library"] == "torch":
+            config["n"] = max(record.get("steps") or [0]) + 1
         lr = ADAPTERS[record["library"]](record["schedule"], config)
         named = {COMPANIONS[name]: s for name, s in lr.companions.items() if name in COMPANIONS}
     return {"lr": lr, **{name: s for name, s in named.items() if name in record}}
@@ -55,26 +62,43 @@ def _deepspeed(schedule: str, config: dict[str, Any]) -> Schedule:
 
 def _torch(schedule: str, config: dict[str, Any]) -> Schedule:
     arguments = of_group(config)
-    base_lr = arguments.pop("lr", None)
+    base_lr, num_steps = arguments.pop("lr", None), arguments.pop("n")
     if "schedulers" in arguments:
-        base_lr = _initial_lr(arguments["schedulers"], base_lr)
-        arguments["schedulers"] = [_torch(name, {**child, "lr": base_lr}) for name, child in arguments["schedulers"]]
+        arguments["schedulers"] = _torch_children(schedule, arguments, base_lr, num_steps)
     elif schedule not in ("CyclicLR", "OneCycleLR"):
         arguments["base_lr"] = base_lr
-    if "expr" in arguments:  # in t; the table's length is n
-        function = eval(f"lambda t: {arguments.pop('expr')}", {"math": math})
-        arguments |= {"lr_lambda": function, "num_steps": arguments.pop("n")}
+    if "expr" in arguments:
+        arguments["lr_lambda"] = _table(arguments.pop("expr"), num_steps, first=int(schedule == "MultiplicativeLR"))
     return getattr(schedules.torch, schedule)(**arguments)
 
 
-def _initial_lr(children: list[Any], lr: float) -> float:
-    """What torch's children find in the group: CyclicLR, built first, and OneCycleLR set it."""
-    if children[0][0] == "CyclicLR":
-        lr = children[0][1]["base_lr"]
-    for name, child in children:
+def _table(expr: str, num_steps: int, first: int) -> list[float]:
+    """An expression in t from t = first on, up to an error of its own."""
+    function = eval(f"lambda t: {expr}", {"math": math})
+    values = [1.0] if first else [float(function(0))]
+    for t in range(1, num_steps):
+        try:
+            values.append(float(function(t)))
+        except (ArithmeticError, ValueError):
+            break
+    return values
+
+
+def _torch_children(schedule: str, arguments: dict[str, Any], lr: float, num_steps: int) -> list[Schedule]:
+    """Each child reads the initial_lr that those before it have left; a SequentialLR begins at the last one's."""
+    configs = [(name, {**child, "n": num_steps}) for name, child in arguments["schedulers"]]
+    rates = []
+    for i, (name, child) in enumerate(configs):
         if name == "OneCycleLR":
             lr = child["max_lr"] / child.get("div_factor", 25.0)
-    return lr
+        elif name == "CyclicLR" and i == 0:
+            lr = child["base_lr"]
+        rates.append(lr)
+    if schedule == "SequentialLR":
+        first = bisect_right(arguments["milestones"], 0)
+        if first < len(configs) and configs[first][0] not in ("LambdaLR", "CosineAnnealingWarmRestarts"):
+            rates[first] = lr
+    return [_torch(name, {**child, "lr": rate}) for (name, child), rate in zip(configs, rates, strict=True)]
 
 
 def _transformers(schedule: str, config: dict[str, Any]) -> Schedule:
@@ -95,7 +119,9 @@ def _optax(schedule: str, config: dict[str, Any]) -> Schedule:
     if schedule == "join_schedules":
         config["schedules"] = [_optax(*child) for child in config["schedules"]]
     if config.get("boundaries_and_scales"):  # the keys of JSON are strings
-        config["boundaries_and_scales"] = {int(step): scale for step, scale in config["boundaries_and_scales"].items()}
+        config["boundaries_and_scales"] = {
+            json.loads(step): scale for step, scale in config["boundaries_and_scales"].items()
+        }
     return getattr(schedules.optax, schedule)(**config)
 
 
@@ -105,9 +131,8 @@ def _megatron(schedule: str, config: dict[str, Any]) -> Schedule:
 
 def _timm(schedule: str, config: dict[str, Any]) -> Schedule:
     every = config.pop("every", 0) or None
-    return getattr(schedules.timm, schedule)(
-        base_lr=config.pop("lr"), t_in_epochs=every is not None, updates_per_epoch=every, **config
-    )
+    config.setdefault("t_in_epochs", every is not None)
+    return getattr(schedules.timm, schedule)(base_lr=config.pop("lr"), updates_per_epoch=every, **config)
 
 
 ADAPTERS: dict[str, Callable[[str, dict[str, Any]], Schedule]] = {

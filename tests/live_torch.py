@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import pickle
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from tolerances import TORCH_DRIFT
 from torch.optim import lr_scheduler
 
 from fused_sched import schedules
@@ -20,10 +23,6 @@ Config = tuple[str, dict[str, Any]]
 
 COMPOSITIONS = {"SequentialLR", "ChainedScheduler"}
 READS_NO_RATE = {"CyclicLR", "OneCycleLR"} | COMPOSITIONS
-
-#: Of the peak. torch multiplies step by step, and by 1e5 steps has drifted by up to 5e-13 from LinearLR's closed form
-#: and by up to 8e-13 from CosineAnnealingLR's of some periods.
-TOLERANCE = 4e-12
 
 
 @dataclass
@@ -95,7 +94,7 @@ def continued(values: list[float], length: int) -> npt.NDArray[np.float64]:
 
 
 def assert_same(
-    schedule: Schedule, live: Run, num_updates: int, tolerance: float = TOLERANCE, *, least_peak: float = 0.0
+    schedule: Schedule, live: Run, num_updates: int, tolerance: float = TORCH_DRIFT, *, least_peak: float = 0.0
 ) -> None:
     """Rates and momenta of all updates, those after torch's error included, where the last rate is held.
 
@@ -109,3 +108,23 @@ def assert_same(
             continue
         wrong = np.abs(got(steps) - expected) > tolerance * max(least_peak, np.abs(expected).max())
         assert not wrong.any(), (schedule, int(np.argmax(wrong)), got(steps)[wrong][:3], expected[wrong][:3])
+
+
+def outcome(function: Any, *args: Any) -> Any:
+    """The result or, if it raises, the exception."""
+    try:
+        return function(*args)
+    except Exception as error:
+        return error
+
+
+def assert_survives(schedule: Schedule) -> None:
+    """Storage, and what is written about it."""
+    again = (
+        quietly(Schedule.from_dict, schedule.to_dict()),
+        quietly(eval, repr(schedule), vars(schedules) | {"inf": math.inf}),
+        pickle.loads(pickle.dumps(schedule)),
+    )
+    for other in again:
+        assert other == schedule
+        assert other.program == schedule.program

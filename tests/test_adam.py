@@ -13,6 +13,7 @@ from cases import (
     BETA2,
     BETA_LOW,
     CASES,
+    COMPRESSED,
     DECAY,
     LR,
     LR_STAIRS,
@@ -62,7 +63,7 @@ def test_stays_within_bounds_of_the_oracle(case: Case, backend: Backend) -> None
     check_against_oracle(case, backend)
 
 
-@each_case
+@pytest.mark.parametrize("case", [*CASES, *COMPRESSED], ids=str)
 def test_compiled_backends_give_the_same_bits(
     case: Case, beside_cpu: Backend, get_backend: Callable[[str], Backend]
 ) -> None:
@@ -207,7 +208,7 @@ def test_instruction_sets_give_the_same_bits(get_backend: Callable[[str], Backen
             _cpu.set_instruction_set(name)
             assert _cpu.instruction_set() == name
             results[name] = three_large_steps(backend)
-            for case in CASES:
+            for case in (*CASES, *COMPRESSED):
                 problem = Problem(case, backend.device)
                 optimizer = problem.optimizer(backend.name)
                 problem.run(optimizer, 3)

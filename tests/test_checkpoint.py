@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Case, Problem, assert_same, by_name, same_bits, snapshot, values_of
+from cases import CASES, COMPRESSED, Case, Problem, assert_same, by_name, same_bits, snapshot, values_of
 from conftest import Backend
 
 import fused_sched
@@ -18,7 +18,7 @@ from fused_sched import FusedScheduledAdam, schedules
 
 HALF = 3
 
-each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_case = pytest.mark.parametrize("case", [*CASES, *COMPRESSED], ids=str)
 
 
 def through_a_file(value: Any) -> Any:

@@ -15,7 +15,7 @@ from cuda_on_cpu.memory import GroupSpec, Problem, TensorSpec
 
 pytest_plugins = ["cuda_on_cpu.fixtures"]
 
-CLOCK_CAPACITY = 2512  # tensors of one launch (ClockTable::kCapacity)
+CLOCK_CAPACITY = 1920  # tensors of one launch (ClockTable::kCapacity)
 CLOCK_THREADS = 128
 
 GROUPS = [
@@ -65,7 +65,7 @@ def test_derives_the_scalars_of_every_tensor(library: abi.Library) -> None:
             assert abs(problem.scalars_of(i)[name] - value) <= limit * abs(value), (i, name)
 
 
-@pytest.mark.parametrize(("num_tensors", "launches"), [(CLOCK_CAPACITY, 1), (CLOCK_CAPACITY + 1, 2), (6000, 3)])
+@pytest.mark.parametrize(("num_tensors", "launches"), [(CLOCK_CAPACITY, 1), (CLOCK_CAPACITY + 1, 2), (5000, 3)])
 def test_many_tensors_take_several_launches(library: abi.Library, num_tensors: int, launches: int) -> None:
     """Only the first launch ticks; each thread has rows of several groups and steps."""
     groups = GROUPS[:3]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import make_schedules
 import pytest
+from pictures import Curve, Picture
 from schedule_samples import SAMPLES, evaluated, words
 
 from fused_sched.program import Tree
@@ -22,25 +23,38 @@ REMEDY = "run `make docs`"
 
 
 @pytest.fixture(scope="module")
-def made() -> dict[Path, str]:
-    return make_schedules.files()
+def drawn() -> dict[Path, Picture]:
+    return make_schedules.pictures()
 
 
 def test_every_schedule_has_a_sample() -> None:
     assert set(SAMPLES) == set(words()), "tests/schedule_samples.py has one example per registered schedule"
 
 
-def test_the_files_are_what_the_script_writes(made: dict[Path, str]) -> None:
-    stale = [path.name for path, text in made.items() if not path.exists() or path.read_text() != text]
+def test_the_page_is_what_the_script_writes() -> None:
+    assert make_schedules.PAGE.read_text() == make_schedules.page(), REMEDY
+
+
+def test_the_pictures_show_what_the_script_draws(drawn: dict[Path, Picture]) -> None:
+    stale = [
+        path.name for path, picture in drawn.items() if not path.exists() or picture.digest not in path.read_text()
+    ]
     assert stale == [], REMEDY
+    assert set(make_schedules.PICTURES.iterdir()) == {p for p in drawn if p.parent == make_schedules.PICTURES}, REMEDY
 
 
-def test_there_are_no_other_pictures(made: dict[Path, str]) -> None:
-    assert set(make_schedules.PICTURES.iterdir()) == {p for p in made if p.parent == make_schedules.PICTURES}, REMEDY
+def test_a_picture_carries_its_digest(tmp_path: Path) -> None:
+    pictures = [Picture("an example", {"": [Curve("", [0.0, 1.0, last])]}) for last in (0.5, 0.5, 0.50001)]
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.svg")
+    same, again, other = ((tmp_path / f"{i}.svg").read_text() for i in range(3))
+    assert same == again, "the same bytes for the same curve"
+    assert pictures[0].digest in same
+    assert pictures[0].digest not in other
 
 
-def test_every_schedule_is_listed_once_with_its_picture(made: dict[Path, str]) -> None:
-    page = made[make_schedules.PAGE]
+def test_every_schedule_is_listed_once_with_its_picture() -> None:
+    page = make_schedules.PAGE.read_text()
     assert sorted(re.findall(r"\]\(images/schedules/(\S+)\.svg ", page)) == sorted(words())
 
 
@@ -49,7 +63,7 @@ def test_a_schedule_more_changes_the_page(monkeypatch: pytest.MonkeyPatch) -> No
     new = type("brand_new", (words()["constant"],), {"__doc__": "The same again: `f(t) = value`."}, word="brand_new")
     try:
         with pytest.raises(KeyError, match="brand_new"):
-            make_schedules.files()
+            make_schedules.pictures()
         monkeypatch.setitem(SAMPLES, "brand_new", "constant(1.0)")
         monkeypatch.setattr(new, "__module__", "fused_sched.schedules.curves")
         assert "| `brand_new(value)` | The same again: `f(t) = value`. |" in make_schedules.page()
@@ -67,9 +81,8 @@ def test_the_docstring_has_what_the_page_needs(word: str) -> None:
         assert re.search(r"\d+\.\d+|[0-9a-f]{8}", source), "the library's version"
 
 
-@pytest.mark.parametrize("word", words())
-def test_pictures_are_small(word: str, made: dict[Path, str]) -> None:
-    assert len(made[make_schedules.PICTURES / f"{word}.svg"]) <= 6000
+def test_pictures_are_small(drawn: dict[Path, Picture]) -> None:
+    assert [path.name for path in drawn if path.stat().st_size > 50_000] == []
 
 
 @pytest.mark.parametrize("word", SAMPLES)

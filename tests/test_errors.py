@@ -59,16 +59,39 @@ def test_unusable_group_option_is_refused_and_adds_no_group(name: str, value: An
 
 
 @pytest.mark.parametrize("name", ["split16", "split8", "stochastic"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_planned_masters_say_so(name: str, dtype: torch.dtype) -> None:
-    with pytest.raises(NotImplementedError, match=name):
-        FusedScheduledAdam([torch.nn.Parameter(torch.ones(2, dtype=dtype))], master=name)
+def test_masters_of_bf16_bits_are_refused_for_fp16_parameters(name: str) -> None:
+    half = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
+    with pytest.raises(ValueError, match=f"'fp32' or 'none', got '{name}'"):
+        FusedScheduledAdam([half], master=name)
+    optimizer = FusedScheduledAdam([torch.nn.Parameter(torch.ones(2))], master=name)  # which ignores it
+    with pytest.raises(ValueError, match=name):
+        optimizer.add_param_group({"params": [half]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("name", ["split16", "split8", "stochastic"])
+def test_model_converted_to_fp16_is_refused_before_anything_changes(name: str) -> None:
+    param = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = FusedScheduledAdam([param], master=name)
+    param.data = param.data.half()
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=name):
+        optimizer.step()
+    assert optimizer.clock == 0
+    assert param.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["bf16", "8bit"])
-def test_planned_moments_say_so(name: str) -> None:
-    with pytest.raises(NotImplementedError, match=name):
-        FusedScheduledAdam([torch.nn.Parameter(torch.ones(2))], moments=name)
+def test_amsgrad_needs_fp32_moments(name: str) -> None:
+    param = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=f"amsgrad=True needs moments='fp32', got '{name}'"):
+        FusedScheduledAdam([param], moments=name, amsgrad=True)
+    optimizer = FusedScheduledAdam([param], moments=name)
+    optimizer.param_groups[0]["amsgrad"] = True
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match="amsgrad"):
+        optimizer.step()
+    assert param.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("option", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}], ids=repr)

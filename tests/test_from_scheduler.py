@@ -10,17 +10,16 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from live_torch import Config, Run, assert_same, build, continued, optimizer, quietly, run
-from test_live_torch import FACTORS, SETTERS, assert_survives, examples, outcome, rates, sequences
+from live_torch import Config, Run, assert_same, assert_survives, build, continued, optimizer, outcome, quietly, run
+from tolerances import FEW_STEPS, FLOAT32_RATE, ROUNDING
 from torch.optim import lr_scheduler
+from torch_configs import FACTORS, SETTERS, examples, rates, sequences
 
 from fused_sched import FusedScheduledAdam, schedules
 from fused_sched.schedules import Schedule
 from fused_sched.schedules.torch import Resumed, from_scheduler
 
 AHEAD = 60
-#: Shares of the present rate that a user may leave.
-CHANGES = (0.25, 3.0)
 
 
 def assert_continues(scheduler: Any, schedule: Schedule, least_peak: float = 0.0) -> Run:
@@ -31,8 +30,8 @@ def assert_continues(scheduler: Any, schedule: Schedule, least_peak: float = 0.0
     return done
 
 
-def converted(scheduler: Any, **options: Any) -> Schedule:
-    schedule: Schedule = quietly(from_scheduler, scheduler, **options)
+def converted(scheduler: Any, num_steps: int | None = None, **options: Any) -> Schedule:
+    schedule: Schedule = quietly(from_scheduler, scheduler, num_steps, **options)
     return schedule
 
 
@@ -43,7 +42,10 @@ def test_at_any_position(config: Config, lr: float, position: int) -> None:
     assume(not isinstance(live, Exception))
     before = run(live, position + 1)
     assume(before.error is None)
-    assert_continues(live, converted(live, num_steps=AHEAD), max(map(abs, before.rates)))
+    schedule = outcome(converted, live, AHEAD)
+    # OneCycleLR has moved the rate at which a cosine begins, but not the one to which it returns.
+    assume(not (isinstance(schedule, ValueError) and "which OneCycleLR sets" in str(schedule)))
+    assert_continues(live, schedule, max(map(abs, before.rates)))
 
 
 @pytest.mark.parametrize("position", [0, 1, 7])
@@ -96,14 +98,14 @@ def changed(config: Config, position: int, factor: float, lr: float = 0.1) -> An
     return live
 
 
-@pytest.mark.parametrize("factor", CHANGES)
+@pytest.mark.parametrize("factor", [0.25, 3.0])
 @pytest.mark.parametrize("position", [0, 5, 28, 40])
 @pytest.mark.parametrize("config", CHAINABLE, ids=lambda config: config[0])
 def test_a_changed_rate_stays_where_torch_goes_on_from_it(config: Config, position: int, factor: float) -> None:
     live = changed(config, position, factor)
     rate = live.optimizer.param_groups[0]["lr"]
     schedule = converted(live, num_steps=AHEAD)
-    assert math.isclose(schedule(0), rate, rel_tol=1e-12, abs_tol=1e-15)
+    assert math.isclose(schedule(0), rate, rel_tol=FEW_STEPS["rel"], abs_tol=FEW_STEPS["abs"])
     assert_continues(live, schedule)
 
 
@@ -139,8 +141,7 @@ def test_a_changed_rate_in_a_phase_that_sets_it_is_refused() -> None:
 
 def test_another_schedulers_factor_is_kept() -> None:
     """Two schedulers step one optimizer without a ChainedScheduler: each knows its own part."""
-    opt = optimizer()
-    warmup = lr_scheduler.LinearLR(opt, total_iters=4)
+    warmup = lr_scheduler.LinearLR(opt := optimizer(), total_iters=4)
     decay = lr_scheduler.ExponentialLR(opt, 0.9)
     opt.step()
     for _ in range(10):
@@ -157,7 +158,8 @@ def test_rates_in_a_tensor() -> None:
     assert schedule == schedules.torch.CosineAnnealingWarmRestarts(9, base_lr=float(torch.tensor(0.1))).shifted(-5)
     done = run(live, 9)
     assert all(
-        math.isclose(got, value, rel_tol=1e-6) for got, value in zip(schedule(range(9)), done.rates, strict=True)
+        math.isclose(got, value, rel_tol=FLOAT32_RATE)
+        for got, value in zip(schedule(range(9)), done.rates, strict=True)
     )
 
 
@@ -211,15 +213,8 @@ def test_the_momentum_comes_along() -> None:
         engine = opt._devices.first
         assert engine is not None
         lr, beta1 = engine._values[0].tolist()[:2]
-        assert math.isclose(lr, done.rates[update], rel_tol=1e-12)
-        assert math.isclose(beta1, done.momenta[update], rel_tol=1e-12)
-
-
-def test_resumed_is_of_a_library() -> None:
-    with pytest.raises(TypeError, match=r"use \.shifted\(-updates\)"):
-        Resumed(schedules.constant(0.1), 3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="updates must be at least 0, got -1"):
-        Resumed(schedules.torch.CyclicLR(0.1, 0.2), -1)
+        assert math.isclose(lr, done.rates[update], rel_tol=FEW_STEPS["rel"])
+        assert math.isclose(beta1, done.momenta[update], rel_tol=FEW_STEPS["rel"])
 
 
 def test_a_plateau_stands_where_it_stood() -> None:
@@ -284,7 +279,7 @@ def test_a_factory_of_transformers_with_groups_of_other_rates() -> None:
     for _ in range(AHEAD):
         rates.append(opt.param_groups[1]["lr"])
         live.step()
-    assert schedule(range(AHEAD)).tolist() == pytest.approx(rates, rel=1e-12, abs=1e-15)
+    assert schedule(range(AHEAD)).tolist() == pytest.approx(rates, **FEW_STEPS)
 
 
 def test_a_factory_of_transformers_in_a_sequence() -> None:
@@ -332,9 +327,9 @@ def test_schedulers_of_deepspeed(config: Config, position: int) -> None:
     done = run(live, AHEAD)
     # DeepSpeed's own formulas: no recursion, another order of operations at most.
     expected = continued(done.rates, AHEAD)
-    assert abs(schedule(range(AHEAD)) - expected).max() <= 1e-13 * abs(expected).max()
+    assert abs(schedule(range(AHEAD)) - expected).max() <= ROUNDING * abs(expected).max()
     if schedule.companions:
-        assert schedule.companions["beta1"](range(AHEAD)).tolist() == pytest.approx(done.momenta, rel=1e-13)
+        assert schedule.companions["beta1"](range(AHEAD)).tolist() == pytest.approx(done.momenta, rel=ROUNDING)
 
 
 # What is refused.
@@ -357,7 +352,6 @@ def _moved(position: int) -> Any:
         (lambda: _Own(optimizer(), 3), TypeError, "a subclass may compute anything.*_Own; .*from_callable"),
         (lambda: 0.1, TypeError, "must be an instance with an optimizer, got 0.1; .*from_callable"),
         (lambda: lr_scheduler.LambdaLR(optimizer(), lambda t: 1.0), ValueError, "give num_steps, .*from_callable"),
-        (lambda: lr_scheduler.MultiplicativeLR(optimizer(), lambda t: 1.0), ValueError, "give num_steps, "),
         (
             lambda: lr_scheduler.CyclicLR(optimizer(), 0.1, 0.2, scale_fn=lambda x: 1.0),
             ValueError,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Backend
 from golden import records, schedules_from_record
+from tolerances import evaluators_bound, library_tolerance
 
 from fused_sched import reference_schedule, schedules
 from fused_sched._warnings import ScheduleWarning
@@ -26,14 +27,11 @@ HYPERPARAMETERS = ("lr", "momentum", "weight_decay")
 MOST_PROGRAM_BYTES = 4096
 
 
-def tolerance(record: dict[str, Any]) -> float:
-    """Of the peak. torch's recursive schedules drift from their closed forms; elsewhere only the order differs."""
-    return 4e-12 if record["library"] == "torch" else 1e-13
-
-
 def assert_close(got: Any, record: dict[str, Any], hyperparameter: str) -> None:
     expected = np.array(record[hyperparameter])
-    assert np.abs(np.asarray(got) - expected).max() <= tolerance(record) * np.abs(expected).max(), hyperparameter
+    assert np.abs(np.asarray(got) - expected).max() <= library_tolerance(record["library"]) * np.abs(expected).max(), (
+        hyperparameter
+    )
 
 
 @by_step
@@ -71,11 +69,10 @@ def test_recorded_values_through_the_clock(record: dict[str, Any], backend: Back
 
 @by_step
 def test_the_python_evaluator_agrees(record: dict[str, Any]) -> None:
-    """Two units in the last place of the largest value: each backend's own cos, pow and log are off by at most one."""
     for schedule in schedules_from_record(record).values():
         compiled = schedule(record["steps"])
         interpreted = [reference_schedule.value(schedule.tree, float(t)) for t in record["steps"]]
-        assert np.abs(compiled - interpreted).max() <= 2 * np.spacing(np.abs(compiled).max())
+        assert np.abs(compiled - interpreted).max() <= evaluators_bound(compiled)
 
 
 @pytest.mark.parametrize("record", [p for p in RECORDS if "lr" not in p.values[0]])

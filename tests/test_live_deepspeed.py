@@ -21,14 +21,13 @@ with warnings.catch_warnings():
     from deepspeed.runtime import config as deepspeed_config
     from deepspeed.runtime import lr_schedules
 
+from tolerances import ROUNDING
+
 from fused_sched import ScheduleWarning, schedules
 from fused_sched.deepspeed import optimizer_from_config
 
 NAMES = lr_schedules.VALID_LR_SCHEDULES
 Params = dict[str, Any]
-
-#: Of the largest value. DeepSpeed's own rounding in OneCycle is up to 1.1e-16 * (F + S) / S; here that is at most 60.
-TOLERANCE = 1e-13
 
 expects_oddities = pytest.mark.filterwarnings("ignore::fused_sched.ScheduleWarning")
 
@@ -56,7 +55,7 @@ def assert_same(name: str, params: Params, num_updates: int = 200, opt_lrs: tupl
         for hyperparameter, one in {"lr": schedule, **schedule.companions}.items():
             values = expected[hyperparameter][:, group]
             error = np.abs(one(range(len(values))) - values).max()
-            assert error <= TOLERANCE * np.abs(values).max(), (hyperparameter, group)
+            assert error <= ROUNDING * np.abs(values).max(), (hyperparameter, group)
 
 
 rates = st.floats(1e-6, 1.0)
@@ -339,7 +338,7 @@ def test_a_training_follows_the_engines(
         ours.zero_grad()
         torch.nn.functional.mse_loss(models[1](images), targets).backward()
         ours.step()
-        assert ours.last_lr()[0] == pytest.approx(used, rel=1e-13, abs=0.0)
+        assert ours.last_lr()[0] == pytest.approx(used, rel=ROUNDING, abs=0.0)
     for expected, got in zip(models[0].parameters(), models[1].parameters(), strict=True):
         # Two roundings of float32 in each of 50 updates of at most 0.1; another Adam is off by 1e-2 and more.
         assert (expected - got).abs().max() <= 1e-5

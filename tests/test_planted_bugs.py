@@ -22,18 +22,33 @@ pytestmark = pytest.mark.skipif(
 
 TESTS = Path(__file__).resolve().parent
 UPDATE, CLOCK, LAUNCH = "cuda/update_kernel.cuh", "cuda/clock_kernel.cuh", "cuda/launch.cu"
+INSTANCE = "cuda/update_instance.cuh"
 
 # What is wrong: (file, text, its replacement, which sanitizer is needed to see it, if any).
 BUGS = {
     "none": (UPDATE, "at.count <= 0", "at.count < 1", ""),
     "vector past the end": (
-        UPDATE,
+        INSTANCE,
         "at.count >= Instance::kCount && is_vector_aligned(table.param",
         "is_vector_aligned(table.param",
         "",
     ),
-    "misaligned vector": (UPDATE, " && is_vector_aligned(table.grad[tensor])", "", "address"),
-    "0/0 left in the padding": (UPDATE, "clear_padding(weight, at.count);", "", ""),
+    "misaligned vector": (INSTANCE, " && is_vector_aligned(base)", "", "address"),
+    "0/0 left in the padding": (
+        INSTANCE,
+        "if constexpr (Instance::kHasMaster) clear_padding(stored.kept, at.count);",
+        "",
+        "",
+    ),
+    "scale not stored": (INSTANCE, "    __stcs(at.exp_avg_scale, stored.exp_avg_scale);\n", "", ""),
+    "random bits of the thread's first element": (
+        UPDATE,
+        "const uint32_t element = first_element + static_cast<uint32_t>(kBegin + i);",
+        "const uint32_t element = first_element;",
+        "",
+    ),
+    "gradients read as bf16": (INSTANCE, "default: return load_grad<Float16", "default: return load_grad<Bfloat16", ""),
+    "ordinals of another launch": (LAUNCH, "table->ordinal[row] = tensor.ordinal;", "table->ordinal[row] = 0;", ""),
     "threads beyond the end work": (UPDATE, "if (at.count <= 0) return;", "", ""),
     "first tile of a tensor taken for the one before": (
         "cuda/tensor_table.cuh",
@@ -42,9 +57,9 @@ BUGS = {
         "",
     ),
     "master not reconciled": (
-        UPDATE,
-        "weight.element[i] = reconcile_master<Param>(weight.element[i], stored_param.element[i]);",
-        "",
+        "core/master.h",
+        "Param::encode_beside_master(kept) == param ? kept : Param::decode(param)",
+        "kept",
         "",
     ),
     "skip ignored": (UPDATE, "if (scalars.flags & kSkip) return;", "", ""),

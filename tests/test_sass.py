@@ -25,7 +25,10 @@ sys.path.insert(0, str(ROOT))
 from build_tools import ninja_file, toolchain
 
 ELEMENT_BYTES = {"Float32": 4, "Bfloat16": 2, "Float16": 2, "Float64": 8}
-INSTANCES_PER_PARAM = {"Float32": 6, "Bfloat16": 12, "Float16": 12, "Float64": 2}
+MASTER_BYTES = {"None": 0, "Float32": 4, "Split16": 2, "Split8": 1, "Stochastic": 0}
+MOMENT_BYTES = {"Float32": 4, "Bfloat16": 2, "8bit": 1}
+# Masters of the parameter times four kinds of moments: fp32, fp32 with amsgrad, bf16, 8-bit; fp64 has the first two.
+INSTANCES_PER_PARAM = {"Float32": 4, "Bfloat16": 20, "Float16": 8, "Float64": 2}
 
 
 @dataclass
@@ -34,8 +37,8 @@ class Kernel:
 
     architecture: str
     param: str
-    grad: str
-    master: bool
+    master: str
+    moments: str
     amsgrad: bool
     registers: int = 0
     stack: int = 0
@@ -44,7 +47,14 @@ class Kernel:
     accesses: Counter[tuple[str, int, bool]] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        return f"{self.architecture} {self.param}/{self.grad} master={self.master} amsgrad={self.amsgrad}"
+        return f"{self.architecture} {self.param} {self.master} {self.moments} amsgrad={self.amsgrad}"
+
+    @property
+    def elements(self) -> int:
+        """Per thread: 16 bytes of the narrowest stream, and 8 at least but in double."""
+        if self.param == "Float64":
+            return 2
+        return 16 if 1 in (MASTER_BYTES[self.master], MOMENT_BYTES[self.moments]) else 8
 
 
 def find_cuobjdump() -> str | None:
@@ -132,9 +142,9 @@ def kernel_of(found: dict[tuple[str, str], Kernel], architecture: str, mangled: 
         return None
     if (architecture, mangled) not in found:
         name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
-        match = re.search(r"<\S*::(\w+), \S*::(\w+), \(\S*Master\)(\d), (true|false)>", name)
+        match = re.search(r"<\S*::(\w+), \S*::Master(\w+), \S*::Moments(\w+), (true|false)>", name)
         assert match is not None, name
-        found[architecture, mangled] = Kernel(architecture, match[1], match[2], match[3] == "1", match[4] == "true")
+        found[architecture, mangled] = Kernel(architecture, match[1], match[2], match[3], match[4] == "true")
     return found[architecture, mangled]
 
 
@@ -160,20 +170,25 @@ def test_update_kernels_neither_spill_nor_use_a_stack(kernels: list[Kernel]) -> 
         assert not [access for access in kernel.accesses if access[0] in ("LDL", "STL")], kernel
 
 
-def test_update_kernels_leave_room_for_four_blocks(kernels: list[Kernel]) -> None:
-    """64 registers x 256 threads x 4 blocks are an SM's 65,536; with a master and amsgrad, three blocks."""
+def test_update_kernels_leave_room_for_their_blocks(kernels: list[Kernel]) -> None:
+    """64 registers x 256 threads x 4 blocks are an SM's 65,536; with a master (or draws for one) and amsgrad three
+    blocks, with 16 elements per thread two."""
     for kernel in kernels:
-        assert 0 < kernel.registers <= (80 if kernel.master and kernel.amsgrad else 64), kernel
+        limit = 80 if kernel.master != "None" and kernel.amsgrad else 64
+        assert 0 < kernel.registers <= (128 if kernel.elements == 16 else limit), kernel
 
 
 def test_update_kernels_move_every_stream_16_bytes_at_a_time(kernels: list[Kernel]) -> None:
-    """A thread's 8 elements (2 of fp64): each stream is loaded and stored once, in 128-bit evict-first accesses. The
-    narrower ones are for misaligned tensors and tails, the plain ones read the step's scalars."""
+    """A thread's 8 elements (16 beside 8-bit streams, 2 of fp64): each stream is loaded and stored once, in 128-bit
+    evict-first accesses; the gradient in one of three formats, in a branch for each. The narrower ones are for
+    misaligned tensors, tails and scales, the plain ones read the step's scalars."""
     for kernel in kernels:
-        elements, state_bytes = (2, 8) if kernel.param == "Float64" else (8, 4)
-        param = elements * ELEMENT_BYTES[kernel.param] // 16
-        grad = elements * ELEMENT_BYTES[kernel.grad] // 16
-        state = (2 + kernel.amsgrad + kernel.master) * elements * state_bytes // 16
+        wide = kernel.param == "Float64"
+        moment_bytes = 8 if wide else MOMENT_BYTES[kernel.moments]
+        state_bytes = (2 + kernel.amsgrad) * moment_bytes + MASTER_BYTES[kernel.master]
+        param = kernel.elements * ELEMENT_BYTES[kernel.param] // 16
+        grad = kernel.elements * (8 if wide else 4 + 2 + 2) // 16
+        state = kernel.elements * state_bytes // 16
         assert kernel.accesses["LDG", 128, True] == param + grad + state, kernel
         assert kernel.accesses["STG", 128, True] == param + state, kernel
         assert not [access for access in kernel.accesses if access[0] in ("LD", "ST")], f"{kernel}: generic access"

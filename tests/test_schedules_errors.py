@@ -141,3 +141,12 @@ def test_two_schedules_cannot_share_a_word() -> None:
 
         class Other(Schedule, word="linear"):
             pass
+
+
+def test_a_field_cannot_have_the_key_of_the_word() -> None:
+    with pytest.raises(TypeError, match=r"Wrapper must not have a field called 'schedule', .* to_dict\(\); rename it"):
+
+        class Wrapper(Schedule):
+            schedule: Schedule
+
+    assert "Wrapper" not in Schedule._words

@@ -172,10 +172,17 @@ def test_state_memory_is_freed_with_its_state(backend: Backend) -> None:
         (torch.float32, {"amsgrad": True}, 12.0),
         (torch.bfloat16, {"master": "fp32"}, 12.0),
         (torch.bfloat16, {"master": "none"}, 8.0),
+        (torch.bfloat16, {}, 10.0),
+        (torch.bfloat16, {"moments": "bf16"}, 6.0),
+        (torch.bfloat16, {"master": "split8", "moments": "bf16"}, 5.0),
+        (torch.bfloat16, {"moments": "8bit"}, 4.125),
+        (torch.bfloat16, {"master": "split8", "moments": "8bit"}, 3.125),
+        (torch.bfloat16, {"master": "stochastic", "moments": "bf16"}, 4.0),
+        (torch.float32, {"moments": "8bit"}, 2.125),
         (torch.float16, {"master": "fp32"}, 12.0),
         (torch.float64, {}, 16.0),
     ],
-    ids=["fp32", "fp32_amsgrad", "bf16_master", "bf16", "fp16_master", "fp64"],
+    ids=str,
 )
 def test_bytes_per_param_counts_what_is_allocated(
     dtype: torch.dtype, options: dict[str, Any], expected: float, backend: Backend

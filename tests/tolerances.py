@@ -1,4 +1,4 @@
-"""How far a backend may be from the oracle, and why.
+"""How far a backend may be from the oracle, and a schedule from its library, and why.
 
 Bounds are in units of u = 2^-p, half the spacing at 1 of the format computed in (2^-24 for float32, 2^-53 for
 float64), times the magnitudes the oracle keeps (`oracle.py`: the value had no term cancelled). Each operation
@@ -62,3 +62,36 @@ def param_bound(oracle: Oracle) -> Array:
     if oracle.format_name in UNIT_ROUNDOFF:
         return weight_bound(oracle)
     return FORMATS[oracle.format_name].spacing(oracle.param)
+
+
+# Schedules: of the largest value compared.
+
+# Ours and a library's formula, or one of the tests', are rounded in another order, by a few units of 1.1e-16 each:
+# as a rule ten and, in DeepSpeed's OneCycle, (F + S) / S of them, at most 60 in the tests; in timm the root of 1 - u
+# loses 1e-16 * sqrt(length) at the end of a cycle, 4e-14 for the longest ones there.
+ROUNDING = 1e-13
+
+# torch multiplies step by step, and by 1e5 steps has drifted by up to 5e-13 from LinearLR's closed form and by up to
+# 8e-13 from CosineAnnealingLR's of some periods.
+TORCH_DRIFT = 4e-12
+
+# CosineAnnealingLR over 1e5 steps, by (T_max, eta_min), where that is more. cos(math.pi * t / T) has lost the digits of
+# math.pi * t / T by then: measured 3.5e-11 and 4.5e-11. The last one rises from lr - eta_min, which at its first step
+# is 3e-9 of the rate: measured 2.7e-10.
+TORCH_COSINE_DRIFT = {(10, 0.0): 1e-10, (1000, 0.0): 1e-10, (30_000, 1e-4): 1e-9}
+
+# Of each value, where torch's recursion has taken a few dozen steps: some 1e-16 per step, and 1e-15 where it ends at 0.
+FEW_STEPS = {"rel": 1e-12, "abs": 1e-15}
+
+# Of each value where a rate is kept in a float32 tensor: 6e-8 per step.
+FLOAT32_RATE = 1e-6
+
+
+def library_tolerance(library: str) -> float:
+    """Of the largest value: how far a library's own run may be from its schedule here."""
+    return TORCH_DRIFT if library == "torch" else ROUNDING
+
+
+def evaluators_bound(values: Array) -> float:
+    """Between the compiled evaluator and Python's: each has a cos, pow and log of its own, off by an ulp at most."""
+    return 2.0 * float(np.spacing(np.abs(values).max()))

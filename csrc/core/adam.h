@@ -43,23 +43,29 @@ FS_HD T moving_average(T old_value, T new_value, T distance, T rate, bool from_n
   return multiply_add(rate, distance, from_new ? new_value : old_value);
 }
 
-// kAmsgrad: the denominator uses the largest second moment seen so far.
+// The first half of an element's update: both moments, from the weight before it. kAmsgrad: and their maximum.
 template <bool kAmsgrad, class T>
-FS_HD void adam_update(T& weight, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq, T grad, const StepScalars<T>& s) {
+FS_HD void update_moments(T weight, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq, T grad, const StepScalars<T>& s) {
   T g = grad * s.grad_factor;
   g = (s.flags & kL2Decay) ? multiply_add(s.decay, weight, g) : g;
-  const T w = (s.flags & kDecoupledDecay) ? multiply_add(-s.decay, weight, weight) : weight;
-
   exp_avg = moving_average(exp_avg, g, g - exp_avg, s.first_rate, (s.flags & kFirstFromGrad) != 0);
   exp_avg_sq = moving_average(exp_avg_sq, g * g, multiply_add(g, g, -exp_avg_sq), s.second_rate,
                               (s.flags & kSecondFromGrad) != 0);
-  T second = exp_avg_sq;
-  if (kAmsgrad) {
-    max_exp_avg_sq = second <= max_exp_avg_sq ? max_exp_avg_sq : second;
-    second = max_exp_avg_sq;
-  }
+  if (kAmsgrad) max_exp_avg_sq = exp_avg_sq <= max_exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;
+}
+
+// The second half: the weight. second: the second moment, or with amsgrad the largest seen so far.
+template <class T>
+FS_HD void update_weight(T& weight, T exp_avg, T second, const StepScalars<T>& s) {
+  const T decayed = (s.flags & kDecoupledDecay) ? multiply_add(-s.decay, weight, weight) : weight;
   const T denominator = multiply_add(square_root(second), s.inv_sqrt_bias2, s.eps);
-  weight = multiply_add(-s.step_size, exp_avg / denominator, w);
+  weight = multiply_add(-s.step_size, exp_avg / denominator, decayed);
+}
+
+template <bool kAmsgrad, class T>
+FS_HD void adam_update(T& weight, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq, T grad, const StepScalars<T>& s) {
+  update_moments<kAmsgrad>(weight, exp_avg, exp_avg_sq, max_exp_avg_sq, grad, s);
+  update_weight(weight, exp_avg, kAmsgrad ? max_exp_avg_sq : exp_avg_sq, s);
 }
 
 FS_NAMESPACE_END

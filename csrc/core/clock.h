@@ -55,10 +55,13 @@ struct GroupValues {
   double weight_decay;
 };
 
-// One slot per tensor of the call, float or double as its parameter computes.
-union ScalarSlot {
-  StepScalars<float> f32;
-  StepScalars<double> f64;
+// One slot per tensor of the call: scalars in float or double, as its parameter computes.
+struct ScalarSlot {
+  union {
+    StepScalars<float> f32;
+    StepScalars<double> f64;
+  };
+  RandomKey random;
 };
 
 // Decides whether this call is applied and moves T. One thread runs it, before anything reads `skipped`.

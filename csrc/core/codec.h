@@ -1,24 +1,31 @@
-// Storage of one element: how parameters, gradients and state are kept in memory, and how they become the
-// float (or double) that adam.h computes with. Each format is written once, here; loops and kernels only
-// move the bytes.
+// The tables of storage formats. A row names a format and the type that implements it; loops, kernels and
+// `fused_sched/codec.py` follow the rows. Tags are in checkpoints: never renumber one.
 #pragma once
 
-#include "platform.h"
+#include "element.h"
+#include "master.h"
+#include "moments.h"
 
-// Element formats: X(identifier, tag, name, type). Tags are in checkpoints: never renumber one.
+// How parameters and gradients are stored: X(identifier, tag, name, type).
 #define FS_FORMATS(X)               \
   X(kFloat32, 0, "fp32", Float32)   \
   X(kBfloat16, 1, "bf16", Bfloat16) \
   X(kFloat16, 2, "fp16", Float16)   \
   X(kFloat64, 3, "fp64", Float64)
 
-// Where the exact value of a 16-bit parameter is kept: X(identifier, tag, name).
-#define FS_MASTERS(X)       \
-  X(kMasterNone, 0, "none") \
-  X(kMasterFloat32, 1, "fp32")
+// Where the exact value of a 16-bit parameter is kept: X(identifier, tag, name, type).
+#define FS_MASTERS(X)                            \
+  X(kMasterNone, 0, "none", MasterNone)          \
+  X(kMasterFloat32, 1, "fp32", MasterFloat32)    \
+  X(kMasterSplit16, 2, "split16", MasterSplit16) \
+  X(kMasterSplit8, 3, "split8", MasterSplit8)    \
+  X(kMasterStochastic, 4, "stochastic", MasterStochastic)
 
-// How the two moments are kept: X(identifier, tag, name).
-#define FS_MOMENTS(X) X(kMomentsFloat32, 0, "fp32")
+// How the two moments are kept: X(identifier, tag, name, type).
+#define FS_MOMENTS(X)                             \
+  X(kMomentsFloat32, 0, "fp32", MomentsFloat32)   \
+  X(kMomentsBfloat16, 1, "bf16", MomentsBfloat16) \
+  X(kMoments8bit, 2, "8bit", Moments8bit)
 
 FS_NAMESPACE_BEGIN
 
@@ -28,91 +35,58 @@ enum Master : int32_t { FS_MASTERS(FS_ENUMERATOR) };
 enum Moments : int32_t { FS_MOMENTS(FS_ENUMERATOR) };
 #undef FS_ENUMERATOR
 
-struct Float32 {
-  using Storage = float;
-  using Compute = float;
-  static FS_HD Compute decode(Storage stored) { return stored; }
-  static FS_HD Storage encode(Compute value) { return value; }
-  static FS_HD Storage encode_beside_master(Compute value) { return value; }
-};
+// What a format keeps per element, in bytes, and how many elements share a byte of scale (0: none do).
+#define FS_PARAM_BYTES(identifier, tag, name, Type) static_cast<int>(sizeof(Type::Storage)),
+#define FS_MASTER_BYTES(identifier, tag, name, Type) Type::kStores ? static_cast<int>(sizeof(Type::Storage)) : 0,
+#define FS_MOMENT_BYTES(identifier, tag, name, Type) static_cast<int>(sizeof(Type::First<float>::Storage)),
+#define FS_SCALE_GROUP(identifier, tag, name, Type) Type::kGroup > 1 ? Type::kGroup : 0,
+constexpr int kFormatBytes[] = {FS_FORMATS(FS_PARAM_BYTES)};
+constexpr int kMasterBytes[] = {FS_MASTERS(FS_MASTER_BYTES)};
+constexpr int kMomentBytes[] = {FS_MOMENTS(FS_MOMENT_BYTES)};
+constexpr int kScaleGroup[] = {FS_MOMENTS(FS_SCALE_GROUP)};
+#undef FS_PARAM_BYTES
+#undef FS_MASTER_BYTES
+#undef FS_MOMENT_BYTES
+#undef FS_SCALE_GROUP
 
-struct Float64 {
-  using Storage = double;
-  using Compute = double;
-  static FS_HD Compute decode(Storage stored) { return stored; }
-  static FS_HD Storage encode(Compute value) { return value; }
-  static FS_HD Storage encode_beside_master(Compute value) { return value; }
-};
+// Which formats go together. fp64 parameters have fp64 moments, and a third moment is not compressed.
+template <class Param, class MasterType, class MomentsType, bool kAmsgrad>
+constexpr bool kGoTogether =
+    MasterType::template kServes<Param> &&
+    (MomentsType::kExact || (!kAmsgrad && std::is_same<typename Param::Compute, float>::value));
 
-struct Bfloat16 {
-  using Storage = uint16_t;
-  using Compute = float;
-
-  static FS_HD Compute decode(Storage stored) { return float_of(static_cast<uint32_t>(stored) << 16); }
-
-  // Round to nearest, ties to even, as torch's cast does; a NaN stays a NaN.
-  static FS_HD Storage encode(Compute value) {
-    const uint32_t bits = bits_of(value);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    return static_cast<Storage>(nan ? 0x7fffu : rounded);
+// The same of tags, which are known to be in range.
+template <class Param, class MasterType>
+inline bool moments_go_with(int32_t moments, bool amsgrad) {
+  switch (moments) {
+#define FS_CASE(identifier, tag, name, Type) \
+  case identifier:                           \
+    return amsgrad ? kGoTogether<Param, MasterType, Type, true> : kGoTogether<Param, MasterType, Type, false>;
+    FS_MOMENTS(FS_CASE)
+#undef FS_CASE
+    default: return false;
   }
+}
 
-  // Round to nearest, ties away from zero: the rounding of the split masters, whose 16-bit remainder can
-  // then restore the fp32 value (ties to even maps two values to one pair). An fp32 master uses it too, so
-  // that the two kinds of master give the same parameters.
-  static FS_HD Storage encode_beside_master(Compute value) {
-    const uint32_t bits = bits_of(value);
-    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    return static_cast<Storage>(nan ? 0x7fffu : (bits + 0x8000u) >> 16);
-  }
-};
-
-struct Float16 {
-  using Storage = uint16_t;
-  using Compute = float;
-
-  static FS_HD Compute decode(Storage stored) {
-#if defined(__CUDA_ARCH__)
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(stored));
-    return value;
-#else
-    const uint32_t sign = static_cast<uint32_t>(stored & 0x8000u) << 16;
-    const uint32_t magnitude = static_cast<uint32_t>(stored & 0x7fffu) << 13;
-    // 2^112 moves the exponent bias from 15 to 127; the product is exact, also for fp16's subnormals.
-    const uint32_t scaled = bits_of(float_of(magnitude) * 5.192296858534828e33f);
-    const bool special = magnitude >= (0x7c00u << 13);
-    return float_of(sign | (special ? magnitude | 0x7f800000u : scaled));
-#endif
-  }
-
-  static FS_HD Storage encode(Compute value) {
-#if defined(__CUDA_ARCH__)
-    Storage stored;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(stored) : "f"(value));
-    return stored;
-#else
-    const uint32_t sign = (bits_of(value) >> 16) & 0x8000u;
-    const uint32_t magnitude = bits_of(value) & 0x7fffffffu;
-    const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
-    // Below 2^-14 the unit of fp16 is 2^-24, that of floats in [0.5, 1): adding 0.5 rounds there.
-    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
-    uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
-    result = magnitude >= 0x477ff000u ? 0x7c00u : result;  // 65520 and above round to infinity
-    result = magnitude > 0x7f800000u ? 0x7fffu : result;   // NaN
-    return static_cast<Storage>(sign | result);
-#endif
-  }
-
-  static FS_HD Storage encode_beside_master(Compute value) { return encode(value); }
-};
-
-// The master of a parameter that was edited outside (weights loaded, EMA swapped in) no longer rounds to it:
-// the parameter wins.
 template <class Param>
-FS_HD float reconcile_master(float master, typename Param::Storage stored) {
-  return Param::encode_beside_master(master) == stored ? master : Param::decode(stored);
+inline bool state_goes_with(int32_t master, int32_t moments, bool amsgrad) {
+  switch (master) {
+#define FS_CASE(identifier, tag, name, Type) \
+  case identifier: return moments_go_with<Param, Type>(moments, amsgrad);
+    FS_MASTERS(FS_CASE)
+#undef FS_CASE
+    default: return false;
+  }
+}
+
+inline bool go_together(int32_t param_format, int32_t master, int32_t moments, bool amsgrad) {
+  switch (param_format) {
+#define FS_CASE(identifier, tag, name, Type) \
+  case identifier: return state_goes_with<Type>(master, moments, amsgrad);
+    FS_FORMATS(FS_CASE)
+#undef FS_CASE
+    default: return false;
+  }
 }
 
 FS_NAMESPACE_END

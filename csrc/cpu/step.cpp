@@ -20,11 +20,6 @@ constexpr int64_t kRunLength = 32768;
 // A thread is woken for no fewer runs than this: waking takes some 10 us, two runs in cache 20 us.
 constexpr int64_t kMinRunsPerThread = 2;
 
-// Indexed by Format, whose tags check_call has seen to be in range.
-#define FS_STORED_BYTES(identifier, tag, name, Codec) sizeof(Codec::Storage),
-constexpr int64_t kBytesPerElement[] = {FS_FORMATS(FS_STORED_BYTES)};
-#undef FS_STORED_BYTES
-
 template <class Pointer>
 Pointer address(uint64_t base, int64_t bytes) {
   return base == 0 ? nullptr : reinterpret_cast<Pointer>(base + static_cast<uint64_t>(bytes));
@@ -33,19 +28,31 @@ Pointer address(uint64_t base, int64_t bytes) {
 fs_run make_run(const fs_call& call, int64_t index, int64_t first, int64_t count) {
   const fs_tensor& tensor = call.tensors[index];
   const fs_arena& arena = call.arenas[tensor.arena];
-  const int64_t state_bytes = tensor.param_format == kFloat64 ? 8 : 4;
-  const int64_t state = (tensor.state_offset + first) * state_bytes;
-  fs_run run;
-  run.param = address<void*>(tensor.param, first * kBytesPerElement[tensor.param_format]);
-  run.grad = address<const void*>(tensor.grad, first * kBytesPerElement[tensor.grad_format]);
-  run.exp_avg = address<void*>(arena.slot[kExpAvg], state);
-  run.exp_avg_sq = address<void*>(arena.slot[kExpAvgSq], state);
-  run.max_exp_avg_sq = tensor.amsgrad ? address<void*>(arena.slot[kMaxExpAvgSq], state) : nullptr;
-  run.master = tensor.master == kMasterFloat32 ? address<float*>(arena.slot[kMasterWeight], state) : nullptr;
-  run.scalars = &call.scalars[index];
+  const int64_t state = tensor.state_offset + first;
+  const int64_t moment_bytes = tensor.param_format == kFloat64 ? 8 : kMomentBytes[tensor.moments];
+  const int64_t scale_group = kScaleGroup[tensor.moments];
+  fs_run run = {};
+  run.param = address<void*>(tensor.param, first * kFormatBytes[tensor.param_format]);
+  run.grad = address<const void*>(tensor.grad, first * kFormatBytes[tensor.grad_format]);
+  run.exp_avg = address<void*>(arena.slot[kExpAvg], state * moment_bytes);
+  run.exp_avg_sq = address<void*>(arena.slot[kExpAvgSq], state * moment_bytes);
+  if (tensor.amsgrad) run.max_exp_avg_sq = address<void*>(arena.slot[kMaxExpAvgSq], state * moment_bytes);
+  run.master = address<void*>(arena.slot[kMasterWeight], state * kMasterBytes[tensor.master]);
+  if (scale_group != 0) {
+    run.exp_avg_scale = address<uint8_t*>(arena.slot[kExpAvgScale], state / scale_group);
+    run.exp_avg_sq_scale = address<uint8_t*>(arena.slot[kExpAvgSqScale], state / scale_group);
+  }
+  const ScalarSlot& slot = call.scalars[index];
+  run.scalars = &slot;
+  const RandomKey random = key_from(slot.random, first);
+  run.random_key[0] = random.first;
+  run.random_key[1] = random.second;
+  run.first = static_cast<uint32_t>(first);
   run.count = count;
   run.param_format = tensor.param_format;
   run.grad_format = tensor.grad_format;
+  run.master_format = tensor.master;
+  run.moments_format = tensor.moments;
   return run;
 }
 
@@ -63,11 +70,14 @@ void advance_tensor(const fs_call& call, int64_t index, double grad_scale) {
   }
   StepRecord& record = *reinterpret_cast<StepRecord*>(tensor.step);
   const int64_t step = advance_step(record);
+  slot.random = random_key(call.seed, call.clock->step, tensor.ordinal);
   // Most tensors share group and step with the one before: its scalars, and two powers, are theirs.
   if (index > 0 && call.tensors[index - 1].group == tensor.group &&
       (call.tensors[index - 1].param_format == kFloat64) == wide &&
       reinterpret_cast<const StepRecord*>(call.tensors[index - 1].step)->count == step) {
+    const RandomKey random = slot.random;
     slot = call.scalars[index - 1];
+    slot.random = random;
     return;
   }
   const GroupRecord& group = call.groups[tensor.group];
@@ -79,10 +89,9 @@ void advance_tensor(const fs_call& call, int64_t index, double grad_scale) {
   }
 }
 
-// Every pair of parameter and gradient formats has a loop; only 16-bit parameters have masters.
+// Gradients of every format have a loop.
 bool supported(const fs_tensor& tensor) {
-  const bool narrow = tensor.param_format == kBfloat16 || tensor.param_format == kFloat16;
-  return tensor.moments == kMomentsFloat32 && (tensor.master == kMasterNone || narrow);
+  return go_together(tensor.param_format, tensor.master, tensor.moments, tensor.amsgrad != 0);
 }
 
 void check(const fs_call& call) { check_call(call, supported); }

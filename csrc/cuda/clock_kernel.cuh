@@ -78,6 +78,7 @@ FS_DEVICE void advance_rows(const ClockTable& table) {
       }
       slot_step = step;
     }
+    slot.random = random_key(table.seed, table.clock->step, table.ordinal[row]);
     table.scalars[row] = slot;
   }
 }

@@ -57,22 +57,22 @@ int resident_blocks(const void* kernel, int num_threads, int device) {
 cudaStream_t stream_of(const fs_call& call) { return reinterpret_cast<cudaStream_t>(call.stream); }
 
 SelectedUpdate select_update(const fs_tensor& tensor) {
-  if (tensor.moments != kMomentsFloat32) return {nullptr, 0};
+  if ((tensor.param_format == kFloat64) != (tensor.grad_format == kFloat64)) return {nullptr, 0};
   const bool amsgrad = tensor.amsgrad != 0;
   switch (tensor.param_format) {
-    case kFloat32: return select_update_fp32(tensor.grad_format, tensor.master, amsgrad);
-    case kBfloat16: return select_update_bf16(tensor.grad_format, tensor.master, amsgrad);
-    case kFloat16: return select_update_fp16(tensor.grad_format, tensor.master, amsgrad);
-    case kFloat64: return select_update_fp64(tensor.grad_format, tensor.master, amsgrad);
+    case kFloat32: return select_update_fp32(tensor.master, tensor.moments, amsgrad);
+    case kBfloat16: return select_update_bf16(tensor.master, tensor.moments, amsgrad);
+    case kFloat16: return select_update_fp16(tensor.master, tensor.moments, amsgrad);
+    case kFloat64: return select_update_fp64(tensor.master, tensor.moments, amsgrad);
     default: return {nullptr, 0};
   }
 }
 
-// An index of the formats that choose the kernel; moments have one format.
-constexpr int kNumCombinations = kNumFormats * kNumFormats * kNumMasters * 2;
+// An index of the formats that a launch's tensors share.
+constexpr int kNumCombinations = kNumFormats * kNumFormats * kNumMasters * kNumMoments * 2;
 int combination_of(const fs_tensor& tensor) {
   const int formats = tensor.param_format * kNumFormats + tensor.grad_format;
-  return (formats * kNumMasters + tensor.master) * 2 + (tensor.amsgrad != 0);
+  return ((formats * kNumMasters + tensor.master) * kNumMoments + tensor.moments) * 2 + (tensor.amsgrad != 0);
 }
 
 // Everything is checked, and every kernel of the call loaded, before the first launch: a call that cannot be made
@@ -92,8 +92,10 @@ void check_and_load(const fs_call& call) {
 // The update kernel's table under construction; launches when it is full.
 class UpdateLauncher {
  public:
-  UpdateLauncher(fs_call& call, SelectedUpdate selected) : call_(call), selected_(selected), table_(new UpdateTable) {
+  UpdateLauncher(fs_call& call, const fs_tensor& tensor)
+      : call_(call), selected_(select_update(tensor)), table_(new UpdateTable) {
     table_->scalars = call.scalars;
+    table_->grad_format = tensor.grad_format;
     clear();
   }
 
@@ -161,7 +163,7 @@ void update(fs_call& call) {
     if (tensor.numel == 0) continue;
     std::unique_ptr<UpdateLauncher>& launcher = launchers[combination_of(tensor)];
     if (!launcher) {
-      launcher.reset(new UpdateLauncher(call, select_update(tensor)));
+      launcher.reset(new UpdateLauncher(call, tensor));
       used.push_back(launcher.get());
     }
     launcher->add(i);
@@ -176,6 +178,7 @@ void clock(fs_call& call) {
   table->values = call.values;
   table->found_inf = call.found_inf;
   table->grad_scale = call.grad_scale;
+  table->seed = call.seed;
   table->num_groups = static_cast<int32_t>(call.num_groups);
   table->tick = call.tick != 0;
   resident_blocks(reinterpret_cast<const void*>(static_cast<Kernel<ClockTable>>(clock_kernel)), kClockThreads,
@@ -190,6 +193,7 @@ void clock(fs_call& call) {
       const fs_tensor& tensor = call.tensors[first + row];
       table->step[row] = tensor.step;
       table->group[row] = tensor.group;
+      table->ordinal[row] = tensor.ordinal;
       table->computes_in_double[row] = tensor.param_format == kFloat64;
     }
     FS_CUDA_CHECK(launch_kernel<ClockTable>(clock_kernel, 1, kClockThreads, stream_of(call), *table));

@@ -10,13 +10,14 @@ namespace fused_sched {
 // kUpdateThreads * (elements per thread) elements. 31 bytes a tensor.
 struct UpdateTable {
   static constexpr int kBytesPerTensor = 31;
-  static constexpr int kHeaderBytes = kMaxArenas * sizeof(fs_arena) + 16;
+  static constexpr int kHeaderBytes = kMaxArenas * sizeof(fs_arena) + 24;
   static constexpr int kCapacity = (kMaxParameterBytes - kHeaderBytes) / kBytesPerTensor / 8 * 8;
 
   fs_arena arena[kMaxArenas];
   const ScalarSlot* scalars;
   int32_t num_tensors;
   int32_t num_tiles;
+  int32_t grad_format;  // Format
   uint64_t param[kCapacity];
   uint64_t grad[kCapacity];
   uint32_t state_block[kCapacity];       // offset into the arena, in units of kPadding elements
@@ -26,7 +27,7 @@ struct UpdateTable {
   uint8_t arena_index[kCapacity];
 };
 static_assert(sizeof(UpdateTable) <= kMaxParameterBytes, "");
-static_assert(kUpdateThreads * kElementsPerThread <= UINT16_MAX, "last_tile_length");
+static_assert(kUpdateThreads * kMaxElementsPerThread <= UINT16_MAX, "last_tile_length");
 
 // The index of the tensor that holds a tile; `first` is known not to be past it.
 FS_DEVICE int find_tensor(const UpdateTable& table, int tile, int first) {
@@ -42,11 +43,11 @@ FS_DEVICE int find_tensor(const UpdateTable& table, int tile, int first) {
   return first;
 }
 
-// The tensors of one launch of the clock kernel. 13 bytes a tensor; more than kCapacity take further
+// The tensors of one launch of the clock kernel. 17 bytes a tensor; more than kCapacity take further
 // launches, which only advance steps and derive scalars (begins_call is false).
 struct ClockTable {
-  static constexpr int kBytesPerTensor = 13;
-  static constexpr int kHeaderBytes = 80;
+  static constexpr int kBytesPerTensor = 17;
+  static constexpr int kHeaderBytes = 88;
   static constexpr int kCapacity = (kMaxParameterBytes - kHeaderBytes) / kBytesPerTensor / 8 * 8;
 
   Clock* clock;
@@ -55,12 +56,14 @@ struct ClockTable {
   ScalarSlot* scalars;  // of the first row of this launch
   const float* found_inf;
   const float* grad_scale;
+  uint64_t seed;
   int32_t num_groups;
   int32_t num_rows;
   bool begins_call;
   bool tick;
   uint64_t step[kCapacity];  // address of a StepRecord
   int32_t group[kCapacity];
+  uint32_t ordinal[kCapacity];
   uint8_t computes_in_double[kCapacity];
 };
 static_assert(sizeof(ClockTable) <= kMaxParameterBytes, "");

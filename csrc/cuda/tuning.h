@@ -8,9 +8,9 @@ namespace fused_sched {
 constexpr int kUpdateThreads = 256;
 constexpr int kUpdateBlocksPerSm = 4;
 
-// 16 bytes of a 16-bit stream are 8 elements; 16 elements would spill at this register cap. In double two
-// elements fill 16 bytes.
-constexpr int kElementsPerThread = 8;
+// Elements per thread are those of 16 bytes of the narrowest stream: 8 where it has 16 bits (for 32-bit streams,
+// too), 16 where it has 8, 2 in double.
+constexpr int kMaxElementsPerThread = 16;
 constexpr int kElementsPerThreadFloat64 = 2;
 
 // One block runs the clock. Each of its warps pays for two double-precision powers, which consumer GPUs

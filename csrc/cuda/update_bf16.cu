@@ -3,12 +3,8 @@
 
 namespace fused_sched {
 
-SelectedUpdate select_update_bf16(int grad_format, int master, bool amsgrad) {
-  switch (master) {
-    case kMasterNone: return select_grad<Bfloat16, kMasterNone>(grad_format, amsgrad);
-    case kMasterFloat32: return select_grad<Bfloat16, kMasterFloat32>(grad_format, amsgrad);
-    default: return {nullptr, 0};
-  }
+SelectedUpdate select_update_bf16(int master, int moments, bool amsgrad) {
+  return select_update<Bfloat16>(master, moments, amsgrad);
 }
 
 }  // namespace fused_sched

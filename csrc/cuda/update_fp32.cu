@@ -3,9 +3,8 @@
 
 namespace fused_sched {
 
-SelectedUpdate select_update_fp32(int grad_format, int master, bool amsgrad) {
-  if (master != kMasterNone) return {nullptr, 0};
-  return select_grad<Float32, kMasterNone>(grad_format, amsgrad);
+SelectedUpdate select_update_fp32(int master, int moments, bool amsgrad) {
+  return select_update<Float32>(master, moments, amsgrad);
 }
 
 }  // namespace fused_sched

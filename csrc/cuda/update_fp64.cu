@@ -3,9 +3,8 @@
 
 namespace fused_sched {
 
-SelectedUpdate select_update_fp64(int grad_format, int master, bool amsgrad) {
-  if (grad_format != kFloat64 || master != kMasterNone) return {nullptr, 0};
-  return select_amsgrad<Float64, Float64, kMasterNone>(amsgrad);
+SelectedUpdate select_update_fp64(int master, int moments, bool amsgrad) {
+  return select_update<Float64>(master, moments, amsgrad);
 }
 
 }  // namespace fused_sched

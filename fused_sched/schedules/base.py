@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cached_property
+from inspect import get_annotations
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import numpy as np
@@ -40,6 +41,11 @@ class Schedule(ABC):
         cls.word = word or cls.__name__
         if abstract:
             return
+        if "schedule" in get_annotations(cls):
+            raise TypeError(
+                f"{cls.__name__} must not have a field called 'schedule', which holds the class's name in to_dict(); "
+                "rename it"
+            )
         other = cls._words.get(cls.word)
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(f"two schedules are called {cls.word!r}; give one of them another word=")

@@ -8,12 +8,30 @@ negative, that ends in an error) is kept, and said in one ScheduleWarning.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from .._warnings import warn_schedule
 from ..program import Tree
-from .base import Schedule
+from . import checks
+from .base import Schedule, set_fields
+
+#: Annotation of a field: what makes a plain value of its argument. An int is a number of steps or the like, which the
+#: libraries also take where it is not whole, as 0.1 * num_training_steps.
+_PLAIN: dict[str, Callable[[str, str, Any], Any]] = {
+    "int": checks.duration,
+    "float": checks.number,
+    "bool": lambda who, name, got: bool(got),
+}
+
+
+class Failure(NamedTuple):
+    """The library raises `error` where it should compute the rate of an update, and the rate before is held here."""
+
+    update: int
+    error: str
+    remedy: str
 
 
 class LibrarySchedule(Schedule, abstract=True):
@@ -33,20 +51,52 @@ class LibrarySchedule(Schedule, abstract=True):
 
     def __post_init__(self) -> None:
         self.check()
-        oddity = self.oddity()
-        if oddity is not None:
-            warn_schedule(f"{self.word}: {oddity}")
+        warning = self.warning()
+        if warning is not None:
+            warn_schedule(f"{self.word}: {warning}")
+
+    # What a subclass says about itself.
 
     def check(self) -> None:
         """Raise what the library's constructor raises, and give the fields their plain types."""
+        self.make_plain()
 
     def oddity(self) -> str | None:
         """What the library does with these arguments that their owner may not expect, and what to do about it."""
         return None
 
+    def failure(self) -> Failure | None:
+        """What the library raises at the earliest, after the constructor."""
+        return None
+
     def lower_companions(self) -> dict[str, Tree]:
         """The other hyperparameters that the library's scheduler writes: "beta1", "beta2", "weight_decay"."""
         return {}
+
+    # What they share.
+
+    def make_plain(self, *names: str) -> None:
+        """Turn the named fields, by default all, into what they are annotated as: int, float or bool.
+
+        They then compare, print and store alike wherever they came from. None stays where it may be. Raises TypeError
+        for what is no number, ValueError for one that is not finite.
+        """
+        for field in fields(self):  # type: ignore[arg-type]
+            kind, _, rest = str(field.type).partition(" | ")
+            got = getattr(self, field.name)
+            is_unset = got is None and rest == "None"
+            if kind in _PLAIN and not is_unset and (not names or field.name in names):
+                set_fields(self, **{field.name: _PLAIN[kind](self.word, field.name, got)})
+
+    def warning(self) -> str | None:
+        """What the constructor warns of."""
+        odd, failure = self.oddity(), self.failure()
+        if odd is not None or failure is None:
+            return odd
+        return (
+            f"{self.library} raises {failure.error} at the step to update {failure.update}, where this schedule holds "
+            f"the rate before; {failure.remedy}"
+        )
 
     @property
     def companions(self) -> dict[str, Schedule]:

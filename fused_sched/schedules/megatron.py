@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from math import floor
 
-from ..program import Clamp, Clock, Curve, Tree, evaluate_at, pack
+from ..program import Clamp, Clock, Curve, Tree
 from . import checks
 from .base import set_fields
-from .library import LibrarySchedule
-from .nodes import after, falling, flat, half_cosine, line, phases
+from .library import Failure, LibrarySchedule
+from .nodes import after, falling, flat, half_cosine, held, line, phases
 
 
 class MegatronSchedule(LibrarySchedule, library="megatron", abstract=True):
@@ -80,16 +80,16 @@ class OptimizerParamScheduler(MegatronSchedule):
     init_lr: float
     max_lr: float
     min_lr: float
-    lr_warmup_steps: float
-    lr_decay_steps: float
+    lr_warmup_steps: int
+    lr_decay_steps: int
     lr_decay_style: str
     start_wd: float
     end_wd: float
-    wd_incr_steps: float
+    wd_incr_steps: int
     wd_incr_style: str
     use_checkpoint_opt_param_scheduler: bool | None = True
     override_opt_param_scheduler: bool | None = False
-    wsd_decay_steps: float | None = None
+    wsd_decay_steps: int | None = None
     lr_wsd_decay_style: str | None = None
     _: KW_ONLY
     increment: int = 1
@@ -97,18 +97,13 @@ class OptimizerParamScheduler(MegatronSchedule):
     lr_mult: float = 1.0
 
     def check(self) -> None:
-        word = self.word
-        for name in ("init_lr", "max_lr", "min_lr", "start_wd", "end_wd", "wd_mult", "lr_mult"):
-            set_fields(self, **{name: checks.number(word, name, getattr(self, name))})
-        for name in ("lr_warmup_steps", "lr_decay_steps", "wd_incr_steps", "wsd_decay_steps"):
-            if getattr(self, name) is not None or name != "wsd_decay_steps":
-                set_fields(self, **{name: checks.duration(word, name, getattr(self, name))})
-        set_fields(self, increment=checks.step_count(word, "increment", self.increment))
+        set_fields(self, increment=checks.step_count(self.word, "increment", self.increment))
+        self.make_plain()
         self._check_arguments()
         # What step(0) in the constructor meets: first the rate, then the weight decay.
-        failure = self._failure()
-        if failure is not None and self.lr_warmup_steps <= 0 and failure[0] < 0:
-            raise failure[1]
+        error = self._error()
+        if error is not None and self.lr_warmup_steps <= 0 and error[0] < 0:
+            raise error[1]
         if self.wd_incr_steps >= 0:
             self._check_weight_decay()
 
@@ -163,7 +158,7 @@ class OptimizerParamScheduler(MegatronSchedule):
     def _anneal_start(self) -> float:
         return self.lr_decay_steps - (self.wsd_decay_steps or 0)
 
-    def _failure(self) -> tuple[float, Exception] | None:
+    def _error(self) -> tuple[float, Exception] | None:
         """What Megatron-LM raises for n <= lr_decay_steps past the warm-up and past this n; None where it does not."""
         if self.lr_decay_style not in _STYLES:
             return -1.0, Exception(
@@ -177,23 +172,21 @@ class OptimizerParamScheduler(MegatronSchedule):
             )
         return None
 
-    def _failing_update(self) -> int | None:
-        """The first update for which the training loop asks in vain for a rate."""
-        failure = self._failure()
-        if failure is None:
+    def failure(self) -> Failure | None:
+        error = self._error()
+        if error is None:
             return None
-        begin = max(failure[0], self.lr_warmup_steps if self.lr_warmup_steps > 0 else -1.0)
+        begin = max(error[0], self.lr_warmup_steps if self.lr_warmup_steps > 0 else -1.0)
         update = floor(begin / self.increment) + 1
-        return update if update * self.increment <= self.lr_decay_steps else None
+        if update * self.increment > self.lr_decay_steps:
+            return None
+        style = "lr_wsd_decay_style" if self.lr_decay_style == "WSD" else "lr_decay_style"
+        unknown = f"{type(error[1]).__name__}, as {style}={getattr(self, style)!r} is unknown,"
+        return Failure(update, unknown, "pass a style that it has")
 
     def oddity(self) -> str | None:
-        failing = self._failing_update()
-        if failing is not None:
-            style = "lr_wsd_decay_style" if self.lr_decay_style == "WSD" else "lr_decay_style"
-            return (
-                f"{style}={getattr(self, style)!r} is unknown, so that Megatron-LM fails before update {failing}; the "
-                "rate is held from there on; pass a style that it has"
-            )
+        if self.failure() is not None:
+            return None  # which is more than odd
         if self.init_lr * self.lr_mult < 0.0 and self.lr_warmup_steps > 0:
             return f"the rate is negative at first, as init_lr={self.init_lr!r} is; pass 0.0 or more"
         if self.lr_decay_style == "inverse-square-root" and self.lr_warmup_steps <= 0:
@@ -221,10 +214,10 @@ class OptimizerParamScheduler(MegatronSchedule):
 
     def lower(self) -> Tree:
         tree = self._rate()
-        failing = self._failing_update()
-        if failing is not None:
-            last = evaluate_at(pack(tree), float((failing - 1) * self.increment))
-            tree = phases((tree, flat(last)), (float(failing * self.increment),))
+        failure = self.failure()
+        if failure is not None:
+            last = held(tree, (failure.update - 1) * self.increment)
+            tree = phases((tree, last), (failure.update * self.increment,))
         return self._per_update(tree if self.lr_mult == 1.0 else Clamp(tree, scale=self.lr_mult))
 
     def _rate(self) -> Tree:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import inf, nextafter
 
-from ..program import Curve, Join, Tree
+from ..program import Curve, Join, Tree, evaluate_at, pack
 
 
 def flat(value: float) -> Curve:
@@ -30,6 +30,11 @@ def falling(start: float, end: float, steps: float, origin: float = 0.0, power: 
 def half_cosine(start: float, end: float, steps: float, origin: float = 0.0, turns: float = 1.0) -> Curve:
     """`end + (start - end) * (1 + cos(pi * turns * (t - origin) / steps)) / 2`, without an end."""
     return Curve("cosine", origin=origin, divisor=steps, p=turns, offset=end, scale=start - end)
+
+
+def held(tree: Tree, step: float) -> Curve:
+    """The value of a tree at `step`, at every step."""
+    return flat(evaluate_at(pack(tree), float(step)))
 
 
 def levels(values: Sequence[float], starts: Sequence[float]) -> Curve:
@@ -53,6 +58,11 @@ def phases(children: Sequence[Tree], ends: Sequence[float]) -> Tree:
 def in_turn(children: Sequence[Tree], starts: Sequence[float]) -> Tree:
     """Child i+1 from starts[i] on, each on a clock of its own that is 0 there."""
     return Join(tuple(children), ends=tuple(map(float, starts)), origins=(0.0, *map(float, starts)))
+
+
+def until(tree: Tree, end: float) -> Tree:
+    """The tree while t < end; from there on what it is one step earlier."""
+    return phases((tree, held(tree, end - 1)), (end,))
 
 
 def after(bound: float) -> float:

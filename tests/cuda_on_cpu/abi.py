@@ -14,8 +14,12 @@ import numpy as np
 PADDING = 256
 FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2, "fp64": 3}
 STORAGE = {"fp32": np.float32, "bf16": np.uint16, "fp16": np.uint16, "fp64": np.float64}
-MASTERS = {"none": 0, "fp32": 1}
-SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
+MASTERS = {"none": 0, "fp32": 1, "split16": 2, "split8": 3, "stochastic": 4}
+MASTER_STORAGE = {"fp32": np.float32, "split16": np.int16, "split8": np.int8}
+MOMENTS = {"fp32": 0, "bf16": 1, "8bit": 2}
+MOMENT_STORAGE = {"fp32": np.float32, "bf16": np.uint16, "8bit": np.uint8}
+SCALE_GROUP = 16  # elements per scale of 8-bit moments
+SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "exp_avg_scale", "exp_avg_sq_scale")
 GROUP_DECOUPLED, GROUP_MAXIMIZE = 1, 2
 SKIP, DECOUPLED_DECAY, L2_DECAY, FIRST_FROM_GRAD, SECOND_FROM_GRAD = 1, 2, 4, 8, 16
 
@@ -33,12 +37,13 @@ TENSOR = aligned(
         ("state_offset", "<i8"),
         ("arena", "<i4"),
         ("group", "<i4"),
+        ("ordinal", "<u4"),
         ("param_format", "u1"),
         ("grad_format", "u1"),
         ("master", "u1"),
         ("moments", "u1"),
         ("amsgrad", "u1"),
-        ("reserved", "u1", 3),
+        ("reserved", "u1", 7),
     ]
 )
 ARENA = aligned([("slot", "<u8", len(SLOTS))])
@@ -63,7 +68,7 @@ SCALARS = {
     "<f4": aligned([*((name, "<f4") for name in SCALAR_FIELDS), ("flags", "<i4")]),
     "<f8": aligned([*((name, "<f8") for name in SCALAR_FIELDS), ("flags", "<i4")]),
 }
-SCALAR_SLOT_BYTES = SCALARS["<f8"].itemsize
+SCALAR_SLOT_BYTES = SCALARS["<f8"].itemsize + 8  # and a random key of two words
 
 
 class Call(ctypes.Structure):
@@ -79,6 +84,7 @@ class Call(ctypes.Structure):
         ("scalars", ctypes.c_uint64),
         ("found_inf", ctypes.c_uint64),
         ("grad_scale", ctypes.c_uint64),
+        ("seed", ctypes.c_uint64),
         ("tick", ctypes.c_int32),
         ("device", ctypes.c_int32),
         ("stream", ctypes.c_uint64),

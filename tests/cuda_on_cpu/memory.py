@@ -49,19 +49,33 @@ class TensorSpec:
     grad: str = "fp32"
     master: str = "none"
     amsgrad: bool = False
+    moments: str = "fp32"
     param_misalignment: int = 0  # elements
     grad_misalignment: int = 0
     group: int = 0
     arena: int = 0
+    ordinal: int = 0
 
     @property
     def compute(self) -> str:
         return "<f8" if self.param == "fp64" else "<f4"
 
     @property
-    def slots(self) -> tuple[str, ...]:
-        optional = (("max_exp_avg_sq", self.amsgrad), ("master", self.master == "fp32"))
-        return ("exp_avg", "exp_avg_sq", *(name for name, wanted in optional if wanted))
+    def slots(self) -> dict[str, tuple[npt.DTypeLike, int]]:
+        """The state this tensor has: slot -> dtype, elements per entry."""
+        moment = np.float64 if self.param == "fp64" else abi.MOMENT_STORAGE[self.moments]
+        slots: dict[str, tuple[npt.DTypeLike, int]] = {"exp_avg": (moment, 1), "exp_avg_sq": (moment, 1)}
+        if self.amsgrad:
+            slots["max_exp_avg_sq"] = (self.compute, 1)
+        if self.master in abi.MASTER_STORAGE:
+            slots["master"] = (abi.MASTER_STORAGE[self.master], 1)
+        if self.moments == "8bit":
+            slots |= dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale"), (np.uint8, abi.SCALE_GROUP))
+        return slots
+
+    def entries(self, slot: str) -> int:
+        """How many entries of a slot belong to the tensor; what follows is padding."""
+        return -(-self.numel // self.slots[slot][1])
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,7 @@ class Problem:
 
     specs: list[TensorSpec]
     groups: list[GroupSpec] = field(default_factory=lambda: [GroupSpec()])
+    seed: int = 2**63 + 12345
 
     def __post_init__(self) -> None:
         specs = self.specs
@@ -108,9 +123,10 @@ class Problem:
             for i in members:
                 self.offsets[i] = length
                 length += padded(specs[i].numel)
-            # All tensors of an arena compute in one precision; it has the slots any of them needs, no others.
-            slots = dict.fromkeys(slot for i in members for slot in specs[i].slots)
-            self.arenas.append({slot: Buffer(specs[members[0]].compute, length) for slot in slots})
+            # All tensors of an arena keep a slot in one format; it has the slots any of them needs, no others.
+            slots = {slot: kept for i in members for slot, kept in specs[i].slots.items()}
+            assert all(slots[slot] == kept for i in members for slot, kept in specs[i].slots.items())
+            self.arenas.append({slot: Buffer(dtype, length // group) for slot, (dtype, group) in slots.items()})
 
     def _fill_group(self, record: np.void, group: GroupSpec) -> None:
         record["eps"], record["grad_divisor"], record["flags"] = group.eps, group.grad_divisor, group.flags
@@ -143,7 +159,10 @@ class Problem:
         offset = self.offsets[index]
         end = offset + padded(self.specs[index].numel)
         arena = self.arenas[self.specs[index].arena]
-        return {slot: arena[slot].data[offset:end] for slot in self.specs[index].slots}
+        return {
+            slot: arena[slot].data[offset // group : end // group]
+            for slot, (_, group) in self.specs[index].slots.items()
+        }
 
     def scalars_of(self, index: int) -> np.void:
         begin = index * abi.SCALAR_SLOT_BYTES
@@ -166,16 +185,28 @@ class Problem:
             with np.errstate(over="ignore"):
                 param = draw()
                 self.params[index].data[:] = emulation.encode(param, spec.param, spec.master == "fp32")
+                if spec.param == "bf16" and spec.master in ("split16", "split8"):
+                    self.params[index].data[:], state["master"][:n] = emulation.split(param, spec.master)
                 self.grads[index].data[:] = emulation.encode(
                     draw().astype(np.float64 if spec.grad == "fp64" else np.float32), spec.grad
                 )
-            state["exp_avg"][:n] = draw()
-            state["exp_avg_sq"][:n] = np.abs(draw())
+            moments = {"exp_avg": draw(), "exp_avg_sq": np.abs(draw())}
+            if spec.moments == "fp32":
+                for slot, values in moments.items():
+                    state[slot][:n] = values
+            else:
+                nearest = np.full(n, 0x8000, np.uint32)
+                for slot, stored in emulation.encode_moments(spec.moments, *moments.values(), nearest, nearest).items():
+                    state[slot][: spec.entries(slot)] = stored
             if spec.amsgrad:
                 state["max_exp_avg_sq"][:n] = np.abs(draw())
             if spec.master == "fp32":
                 # Every eighth parameter was edited and no longer is its master's rounding.
                 state["master"][:n] = np.where(np.arange(n) % 8 == 3, param * np.float32(0.75), param)
+            elif "master" in state:
+                # A remainder that no float leaves beside a zero or an infinity.
+                edited = np.arange(n) % 8 == 3
+                self.params[index].data[edited] = np.resize([0, 0x8000, 0x7F80], np.count_nonzero(edited))
 
     def call(self, tick: bool = True, found_inf: bool = False, grad_scale: bool = False, device: int = 0) -> abi.Call:
         self.tensor_table = np.zeros(len(self.specs), abi.TENSOR)
@@ -186,7 +217,8 @@ class Problem:
             row["numel"], row["state_offset"], row["arena"] = spec.numel, offset, spec.arena
             row["group"], row["amsgrad"] = spec.group, spec.amsgrad
             row["param_format"], row["grad_format"] = abi.FORMATS[spec.param], abi.FORMATS[spec.grad]
-            row["master"] = abi.MASTERS[spec.master]
+            row["master"], row["moments"] = abi.MASTERS[spec.master], abi.MOMENTS[spec.moments]
+            row["ordinal"] = spec.ordinal
         self.arena_table = np.zeros(len(self.arenas), abi.ARENA)
         for row, arena in zip(self.arena_table, self.arenas, strict=True):
             row["slot"] = [arena[slot].address if slot in arena else 0 for slot in abi.SLOTS]
@@ -202,6 +234,7 @@ class Problem:
             scalars=self.scalars.address,
             found_inf=self.found_inf.address if found_inf else 0,
             grad_scale=self.grad_scale.address if grad_scale else 0,
+            seed=self.seed,
             tick=tick,
             device=device,
         )

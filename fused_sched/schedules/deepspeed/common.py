@@ -1,11 +1,11 @@
-"""What DeepSpeed's schedules share: arguments per group, and its checks."""
+"""What DeepSpeed's schedules share: arguments per group, and its check of counts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
-from .. import checks
 from ..library import LibrarySchedule
 
 
@@ -14,8 +14,6 @@ class DeepSpeedSchedule(LibrarySchedule, library="deepspeed", abstract=True):
 
     #: Arguments of which DeepSpeed takes a list, one entry per group.
     group_arguments: ClassVar[tuple[str, ...]] = ()
-    #: Whether it reads the optimizer's rate.
-    reads_base_lr: ClassVar[bool] = False
 
     @classmethod
     def per_group(cls, base_lrs: Sequence[float], **params: Any) -> list[DeepSpeedSchedule]:
@@ -32,7 +30,8 @@ class DeepSpeedSchedule(LibrarySchedule, library="deepspeed", abstract=True):
 
         Source: DeepSpeed 0.19.8, runtime/lr_schedules.py, _format_param.
         """
-        arguments: list[dict[str, Any]] = [{"base_lr": lr} if cls.reads_base_lr else {} for lr in base_lrs]
+        reads_base_lr = any(field.name == "base_lr" for field in fields(cls))  # type: ignore[arg-type]
+        arguments: list[dict[str, Any]] = [{"base_lr": lr} if reads_base_lr else {} for lr in base_lrs]
         for name, value in params.items():
             is_list = name in cls.group_arguments and isinstance(value, list | tuple)
             if is_list and len(value) != len(arguments):
@@ -48,13 +47,10 @@ class DeepSpeedSchedule(LibrarySchedule, library="deepspeed", abstract=True):
             made.append(made[twin] if twin < group else cls(**own))  # what is odd about it is said once
         return made
 
-
-def check_count(who: str, name: str, got: Any) -> None:
-    if not isinstance(got, int) or got <= 0:
-        raise ValueError(f"{who}: {name} must be a positive int, got {got!r}; count in updates, with int(...)")
-
-
-def count(who: str, name: str, got: Any) -> float:
-    """A number, as an int if it is one: JSON has 1e5 as a float."""
-    value = checks.number(who, name, got)
-    return int(value) if value.is_integer() else value
+    def check_count(self, name: str) -> None:
+        """The named field is what DeepSpeed takes for a number of steps."""
+        got = getattr(self, name)
+        if not isinstance(got, int) or got <= 0:
+            raise ValueError(
+                f"{self.word}: {name} must be a positive int, got {got!r}; count in updates, with int(...)"
+            )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ...program import Curve, Repeat, Tree
-from .. import checks
 from ..base import set_fields
 from ..nodes import after, flat, line, phases
-from .common import DeepSpeedSchedule, check_count, count
+from .common import DeepSpeedSchedule
 
 _BETA2 = 0.99  # what OneCycle writes beside its momentum
 
@@ -38,10 +37,8 @@ class LRRangeTest(DeepSpeedSchedule):
     group_arguments = ("lr_range_test_min_lr",)
 
     def check(self) -> None:
-        check_count(self.word, "lr_range_test_step_size", self.lr_range_test_step_size)
-        for name in ("lr_range_test_min_lr", "lr_range_test_step_rate"):
-            set_fields(self, **{name: checks.number(self.word, name, getattr(self, name))})
-        set_fields(self, lr_range_test_staircase=bool(self.lr_range_test_staircase))
+        self.check_count("lr_range_test_step_size")
+        self.make_plain()
 
     def oddity(self) -> str | None:
         low, rate = self.lr_range_test_min_lr, self.lr_range_test_step_rate
@@ -102,11 +99,11 @@ class OneCycle(DeepSpeedSchedule):
     cycle_min_lr: float
     cycle_max_lr: float
     decay_lr_rate: float = 0.0
-    cycle_first_step_size: float = 2000
-    cycle_second_step_size: float | None = None
-    cycle_first_stair_count: float = 0
-    cycle_second_stair_count: float | None = None
-    decay_step_size: float = 0
+    cycle_first_step_size: int = 2000
+    cycle_second_step_size: int | None = None
+    cycle_first_stair_count: int = 0
+    cycle_second_stair_count: int | None = None
+    decay_step_size: int = 0
     cycle_momentum: bool = True
     cycle_min_mom: float = 0.8
     cycle_max_mom: float = 0.9
@@ -128,13 +125,8 @@ class OneCycle(DeepSpeedSchedule):
                 f"{self.word}: cycle_second_step_size must be at least 0 updates, got {self.cycle_second_step_size!r}; "
                 "leave it out for a half as long as the first"
             )
-        counts = ["cycle_first_step_size", "cycle_first_stair_count", "decay_step_size"]
-        counts += [n for n in ("cycle_second_step_size", "cycle_second_stair_count") if getattr(self, n) is not None]
-        set_fields(self, **{name: count(self.word, name, getattr(self, name)) for name in counts})
-        rates = ["cycle_min_lr", "cycle_max_lr", "decay_lr_rate"]
-        rates += ["cycle_min_mom", "cycle_max_mom", "decay_mom_rate"] if self.cycle_momentum else []
-        set_fields(self, **{name: checks.number(self.word, name, getattr(self, name)) for name in rates})
-        set_fields(self, cycle_momentum=bool(self.cycle_momentum))
+        unused = () if self.cycle_momentum else ("cycle_min_mom", "cycle_max_mom", "decay_mom_rate")
+        self.make_plain(*(field.name for field in fields(self) if field.name not in unused))
 
     @property
     def _halves(self) -> tuple[float, float]:

@@ -7,9 +7,8 @@ from dataclasses import KW_ONLY, dataclass
 
 from ...program import Curve, Tree
 from .. import checks
-from ..base import set_fields
 from ..nodes import flat, phases
-from .common import DeepSpeedSchedule, check_count, count
+from .common import DeepSpeedSchedule
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,7 +41,6 @@ class WarmupLR(DeepSpeedSchedule):
     base_lr: float | None = None
 
     group_arguments = ("warmup_min_lr", "warmup_max_lr")
-    reads_base_lr = True
 
     def check(self) -> None:
         _check_warmup(self)
@@ -77,7 +75,7 @@ class WarmupDecayLR(DeepSpeedSchedule):
     Source: DeepSpeed 0.19.8, runtime/lr_schedules.py.
     """
 
-    total_num_steps: float
+    total_num_steps: int
     warmup_min_lr: float = 0.0
     warmup_max_lr: float | None = 0.001
     warmup_num_steps: int = 1000
@@ -86,11 +84,9 @@ class WarmupDecayLR(DeepSpeedSchedule):
     base_lr: float | None = None
 
     group_arguments = ("warmup_min_lr", "warmup_max_lr")
-    reads_base_lr = True
 
     def check(self) -> None:
         _check_warmup(self)
-        set_fields(self, total_num_steps=count(self.word, "total_num_steps", self.total_num_steps))
 
     def oddity(self) -> str | None:
         return _odd_rates(self.warmup_min_lr, _peak(self)) or _odd_total(self) or _odd_warmup(self)
@@ -128,7 +124,7 @@ class WarmupCosineLR(DeepSpeedSchedule):
     Source: DeepSpeed 0.19.8, runtime/lr_schedules.py.
     """
 
-    total_num_steps: float
+    total_num_steps: int
     warmup_min_ratio: float = 0.0
     warmup_num_steps: int = 1000
     cos_min_ratio: float = 0.0001
@@ -136,17 +132,10 @@ class WarmupCosineLR(DeepSpeedSchedule):
     _: KW_ONLY
     base_lr: float
 
-    reads_base_lr = True
-
     def check(self) -> None:
-        check_count(self.word, "warmup_num_steps", self.warmup_num_steps)
-        for name in ("warmup_min_ratio", "cos_min_ratio"):
-            set_fields(self, **{name: checks.number(self.word, name, getattr(self, name))})
-        set_fields(
-            self,
-            total_num_steps=count(self.word, "total_num_steps", self.total_num_steps),
-            base_lr=checks.number(self.word, "base_lr", self.base_lr, at_least=0.0),
-        )
+        self.check_count("warmup_num_steps")
+        self.make_plain()
+        checks.number(self.word, "base_lr", self.base_lr, at_least=0.0)
 
     def oddity(self) -> str | None:
         odd = _odd_rates(self.base_lr * self.warmup_min_ratio, self.base_lr) or _odd_total(self)
@@ -177,15 +166,12 @@ _WarmsUp = WarmupLR | WarmupDecayLR | WarmupCosineLR
 
 
 def _check_warmup(schedule: WarmupLR | WarmupDecayLR) -> None:
-    word = schedule.word
-    check_count(word, "warmup_num_steps", schedule.warmup_num_steps)
+    schedule.check_count("warmup_num_steps")
     if schedule.warmup_max_lr is None and schedule.base_lr is None:
         raise ValueError(
-            f"{word}: warmup_max_lr=None is the optimizer's rate; pass it as base_lr=..., got None for both"
+            f"{schedule.word}: warmup_max_lr=None is the optimizer's rate; pass it as base_lr=..., got None for both"
         )
-    for name in ("warmup_min_lr", "warmup_max_lr", "base_lr"):
-        if name == "warmup_min_lr" or getattr(schedule, name) is not None:
-            set_fields(schedule, **{name: checks.number(word, name, getattr(schedule, name))})
+    schedule.make_plain()
 
 
 def _peak(schedule: WarmupLR | WarmupDecayLR) -> float:

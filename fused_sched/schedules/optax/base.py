@@ -11,7 +11,6 @@ from ... import landmarks
 from ...program import Curve, Tree, describe, evaluate, pack
 from ..library import LibrarySchedule
 from ..nodes import in_turn
-from ..plain_numbers import make_numbers_plain
 
 #: A program is at most 4 KB, tables aside: a header of 24 bytes and 128 per node.
 MOST_NODES = 31
@@ -21,9 +20,6 @@ _LONGEST_TABLE = 1 << 20
 
 class OptaxSchedule(LibrarySchedule, library="optax", abstract=True):
     """A schedule of optax."""
-
-    def check(self) -> None:
-        make_numbers_plain(self)
 
 
 def joined(children: Sequence[Tree], boundaries: Sequence[float]) -> Tree:

@@ -8,9 +8,9 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from ...program import Tree
+from .. import checks
 from ..base import Schedule, set_fields
 from ..metric import MetricSchedule
-from ..plain_numbers import plain_number
 from .base import OptaxSchedule, joined, small
 from .warmups import warmup_cosine_decay_schedule
 
@@ -46,7 +46,7 @@ class join_schedules(OptaxSchedule):
         set_fields(
             self,
             schedules=tuple(self.schedules),
-            boundaries=tuple(plain_number(self.word, f"boundaries[{i}]", b) for i, b in enumerate(self.boundaries)),
+            boundaries=tuple(checks.duration(self.word, f"boundaries[{i}]", b) for i, b in enumerate(self.boundaries)),
         )
         if not self.schedules:
             raise IndexError(f"{self.word}: schedules must have at least one entry, got none; use constant_schedule")

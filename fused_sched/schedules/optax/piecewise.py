@@ -12,7 +12,6 @@ from ...program import Curve, Product, Sum, Tree
 from .. import checks
 from ..base import set_fields
 from ..nodes import flat, half_cosine, levels, line, phases
-from ..plain_numbers import plain_number
 from .base import MOST_NODES, OptaxSchedule, small
 
 #: A step and the factor that acts there.
@@ -32,8 +31,8 @@ def as_scales(who: str, got: Mapping[Any, float] | Iterable[Scale] | None) -> tu
     scales = []
     for boundary, scale in sorted(dict(got).items()):
         name = f"boundaries_and_scales[{boundary!r}]"
-        checks.number(who, name, scale, at_least=0.0)
-        scales.append((plain_number(who, "a boundary", boundary), plain_number(who, name, scale)))
+        scale = checks.number(who, name, scale, at_least=0.0)
+        scales.append((checks.duration(who, "a boundary", boundary), scale))
     return tuple(scales)
 
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from math import inf
 
 from ...program import Clock, Curve, Tree
-from ..base import set_fields
 from ..nodes import flat
 from .base import OptaxSchedule
+
+#: Start, steps, rate, begin, staircase and end of an exponential decay.
+Decay = tuple[float, float, float, float, bool, float | None]
 
 
 def polynomial(start: float, end: float, power: float, steps: float, begin: float = 0) -> Tree:
@@ -144,29 +146,16 @@ class exponential_decay(OptaxSchedule):
     staircase: bool = False
     end_value: float | None = None
 
-    def check(self) -> None:
-        super().check()
-        set_fields(self, staircase=bool(self.staircase))
+    @property
+    def _decay(self) -> Decay:
+        begin, end = self.transition_begin, self.end_value
+        return self.init_value, self.transition_steps, self.decay_rate, begin, self.staircase, end
 
     def oddity(self) -> str | None:
-        return odd_decay(
-            self.init_value,
-            self.transition_steps,
-            self.decay_rate,
-            self.transition_begin,
-            self.staircase,
-            self.end_value,
-        )
+        return odd_decay(*self._decay)
 
     def lower(self) -> Tree:
-        return exponential(
-            self.init_value,
-            self.transition_steps,
-            self.decay_rate,
-            self.transition_begin,
-            self.staircase,
-            self.end_value,
-        )
+        return exponential(*self._decay)
 
 
 @dataclass(frozen=True, repr=False)

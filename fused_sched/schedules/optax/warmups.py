@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...program import Tree
-from ..base import set_fields
 from .base import OptaxSchedule, joined
-from .transitions import cosine, exponential, odd_decay, odd_exponent, polynomial
+from .transitions import Decay, cosine, exponential, odd_decay, odd_exponent, polynomial
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,30 +110,16 @@ class warmup_exponential_decay_schedule(OptaxSchedule):
     staircase: bool = False
     end_value: float | None = None
 
-    def check(self) -> None:
-        super().check()
-        set_fields(self, staircase=bool(self.staircase))
+    @property
+    def _decay(self) -> Decay:
+        begin, end = self.transition_begin, self.end_value
+        return self.peak_value, self.transition_steps, self.decay_rate, begin, self.staircase, end
 
     def oddity(self) -> str | None:
         if self.warmup_steps < 0:
             return f"warmup_steps={self.warmup_steps} begins inside the decay; use 0 for no warm-up"
-        return odd_decay(
-            self.peak_value,
-            self.transition_steps,
-            self.decay_rate,
-            self.transition_begin,
-            self.staircase,
-            self.end_value,
-        )
+        return odd_decay(*self._decay)
 
     def lower(self) -> Tree:
-        decay = exponential(
-            self.peak_value,
-            self.transition_steps,
-            self.decay_rate,
-            self.transition_begin,
-            self.staircase,
-            self.end_value,
-        )
         w = self.warmup_steps
-        return joined([polynomial(self.init_value, self.peak_value, 1.0, w), decay], [w])
+        return joined([polynomial(self.init_value, self.peak_value, 1.0, w), exponential(*self._decay)], [w])

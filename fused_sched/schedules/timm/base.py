@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from ...program import Clock, Join, Tree, evaluate_at, pack
 from .. import checks
 from ..base import set_fields
-from ..library import LibrarySchedule
-from ..nodes import flat, line, phases
+from ..library import Failure, LibrarySchedule
+from ..nodes import flat, line, phases, until
 
 #: Of base_lr: a fall at the end of the warm-up that is worth a warning. timm's own recipes, which warm up for 5 of
 #: 300 epochs with warmup_prefix=False, fall by 0.07 percent.
@@ -25,7 +25,7 @@ class TimmSchedule(LibrarySchedule, library="timm", abstract=True):
     #: What its constructor raises.
     refusal: ClassVar[type[Exception]] = AssertionError
 
-    warmup_t: float
+    warmup_t: int
     warmup_lr_init: float
     warmup_prefix: bool
     t_in_epochs: bool
@@ -46,7 +46,7 @@ class TimmSchedule(LibrarySchedule, library="timm", abstract=True):
         """What is odd about the decay, and what to do about it."""
         return None
 
-    def failure(self) -> tuple[int, str] | None:
+    def failing(self) -> tuple[int, str] | None:
         """The first t for which timm's step raises, and why."""
         return None
 
@@ -72,25 +72,15 @@ class TimmSchedule(LibrarySchedule, library="timm", abstract=True):
         return "epoch" if self.t_in_epochs else "update"
 
     def check(self) -> None:
-        word = self.word
-        set_fields(self, base_lr=checks.number(word, "base_lr", self.base_lr, at_least=0.0))
-        self.check_rates("warmup_lr_init")
-        self.check_durations("warmup_t")
+        set_fields(self, base_lr=checks.number(self.word, "base_lr", self.base_lr, at_least=0.0))
+        self.make_plain("warmup_t", "warmup_lr_init", "warmup_prefix", "t_in_epochs")
         self._check_clock()
         if self.noise_range_t is not None:
             raise ValueError(
-                f"{word}: noise_range_t must be None, got {self.noise_range_t!r}: random rates are no formula; "
+                f"{self.word}: noise_range_t must be None, got {self.noise_range_t!r}: random rates are no formula; "
                 "tabulate timm's own with from_callable(function, num_steps)"
             )
         self.check_arguments()
-
-    def check_rates(self, *names: str) -> None:
-        """The named fields are finite numbers."""
-        set_fields(self, **{name: checks.number(self.word, name, getattr(self, name)) for name in names})
-
-    def check_durations(self, *names: str) -> None:
-        """The named fields are finite numbers of epochs or updates."""
-        set_fields(self, **{name: checks.duration(self.word, name, getattr(self, name)) for name in names})
 
     def require(self, holds: bool, rule: str, name: str, remedy: str) -> None:
         """A rule of timm's constructor for the named field."""
@@ -113,10 +103,8 @@ class TimmSchedule(LibrarySchedule, library="timm", abstract=True):
             )
 
     def oddity(self) -> str | None:
-        failure = self.failure()
-        if failure is not None:
-            step, reason = failure
-            return f"timm raises an error at {self.unit} {step}, because {reason}; the rate is held from there on"
+        if self.failing() is not None:
+            return None  # which is more than odd
         if self.warmup_t > 0:
             if self.warmup_lr_init < 0.0:
                 return f"the rate is negative at first, as warmup_lr_init={self.warmup_lr_init!r} is; pass 0.0 or more"
@@ -128,16 +116,23 @@ class TimmSchedule(LibrarySchedule, library="timm", abstract=True):
                 )
         return self.odd_decay()
 
+    def failure(self) -> Failure | None:
+        failing = self.failing()
+        if failing is None:
+            return None
+        t, reason = failing
+        update = t if self.updates_per_epoch is None else t * self.updates_per_epoch
+        return Failure(update, f"an error, because {reason},", "stop before, or pass another number")
+
     def lower(self) -> Tree:
         tree = self._with_warmup()
         # Nobody asks the formula for the first rate: the constructor sets this one.
         first = self.warmup_lr_init if self.warmup_t else self.base_lr
         if not math.isclose(evaluate_at(pack(tree), 0.0), first, rel_tol=1e-15):
             tree = phases((flat(first), tree), (1.0,))
-        failure = self.failure()
-        if failure is not None:
-            step, _ = failure
-            tree = phases((tree, flat(evaluate_at(pack(tree), step - 1.0))), (float(step),))
+        failing = self.failing()
+        if failing is not None:
+            tree = until(tree, failing[0])
         return tree if self.updates_per_epoch is None else Clock(tree, every=float(self.updates_per_epoch))
 
     def _with_warmup(self) -> Tree:

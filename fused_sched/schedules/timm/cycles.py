@@ -26,7 +26,7 @@ _SNUG = 1.0 - 2.0**-50
 class _CycleSchedule(TimmSchedule, abstract=True):
     """`lr_min + (base_lr * cycle_decay^c - lr_min) * s(u)` in cycle c, u = 0..1 being the position in it."""
 
-    t_initial: float
+    t_initial: int
     lr_min: float
     cycle_mul: float
     cycle_decay: float
@@ -36,13 +36,12 @@ class _CycleSchedule(TimmSchedule, abstract=True):
     def shape(self) -> Curve:
         """From 1 to 0 in t_initial steps: the first cycle."""
 
-    def shape_failure(self) -> tuple[int, str] | None:
+    def shape_failing(self) -> tuple[int, str] | None:
         """The first t at which the shape itself cannot be computed, and why."""
         return None
 
     def check_arguments(self) -> None:
-        self.check_durations("t_initial", "cycle_limit")
-        self.check_rates("lr_min", "cycle_mul", "cycle_decay")
+        self.make_plain("t_initial", "lr_min", "cycle_mul", "cycle_decay", "cycle_limit")
         set_fields(self, cycle_limit=ceil(self.cycle_limit))
         self.require(self.t_initial > 0, "t_initial must be more than 0", "t_initial", "pass the length of a cycle")
         self.require(self.lr_min >= 0.0, "lr_min must be at least 0", "lr_min", "pass the lowest rate")
@@ -51,14 +50,14 @@ class _CycleSchedule(TimmSchedule, abstract=True):
 
     def _check_number_of_cycles(self) -> None:
         _, end = self._extent()
-        failure = self.failure()  # a step late where timm rounds a whole sum of lengths
-        if end is not None and (failure is None or failure[0] - self.decay_begin > ceil(end) + 1):
+        failing = self.failing()  # a step late where timm rounds a whole sum of lengths
+        if end is not None and (failing is None or failing[0] - self.decay_begin > ceil(end) + 1):
             raise ValueError(
                 f"{self.word}: cycle_limit must be at most {_MAX_CYCLES} with cycle_mul={self.cycle_mul!r}, got "
                 f"{self.cycle_limit}; tabulate the rates with from_callable(function, num_steps)"
             )
 
-    def failure(self) -> tuple[int, str] | None:
+    def failing(self) -> tuple[int, str] | None:
         first = self.first_call
         if self.cycle_mul <= 0.0:
             return first, f"cycle_mul={self.cycle_mul!r} has no logarithm"
@@ -67,10 +66,10 @@ class _CycleSchedule(TimmSchedule, abstract=True):
             step = max(first, floor(self.decay_begin + all_cycles) - 1)
             while self.logarithm_exists(step):
                 step += 1
-            shape_failure = self.shape_failure()
-            if shape_failure is None or step < shape_failure[0]:
+            shape_failing = self.shape_failing()
+            if shape_failing is None or step < shape_failing[0]:
                 return step, f"with cycle_mul={self.cycle_mul!r} all cycles together last {all_cycles:g} {self.unit}s"
-        return self.shape_failure()
+        return self.shape_failing()
 
     def logarithm_exists(self, t: float) -> bool:
         """Of what timm takes the number of the cycle from."""
@@ -163,12 +162,12 @@ class CosineLRScheduler(_CycleSchedule):
     Source: timm 1.0.31, scheduler/cosine_lr.py.
     """
 
-    t_initial: float
+    t_initial: int
     lr_min: float = 0.0
     cycle_mul: float = 1.0
     cycle_decay: float = 1.0
     cycle_limit: int = 1
-    warmup_t: float = 0
+    warmup_t: int = 0
     warmup_lr_init: float = 0.0
     warmup_prefix: bool = False
     t_in_epochs: bool = True
@@ -183,13 +182,13 @@ class CosineLRScheduler(_CycleSchedule):
     updates_per_epoch: int | None = None
 
     def check_arguments(self) -> None:
-        self.check_rates("k_decay")
+        self.make_plain("k_decay")
         super().check_arguments()
 
     def shape(self) -> Curve:
         return Curve("cosine", divisor=self.t_initial, exponent=self.k_decay)
 
-    def shape_failure(self) -> tuple[int, str] | None:
+    def shape_failing(self) -> tuple[int, str] | None:
         step = self.first_restart() if self.k_decay < 0.0 else None
         return None if step is None else (step, f"0^{self.k_decay!r} divides by 0 where a cycle begins")
 
@@ -211,14 +210,14 @@ class TanhLRScheduler(_CycleSchedule):
     Source: timm 1.0.31, scheduler/tanh_lr.py.
     """
 
-    t_initial: float
+    t_initial: int
     lb: float = -7.0
     ub: float = 3.0
     lr_min: float = 0.0
     cycle_mul: float = 1.0
     cycle_decay: float = 1.0
     cycle_limit: int = 1
-    warmup_t: float = 0
+    warmup_t: int = 0
     warmup_lr_init: float = 0.0
     warmup_prefix: bool = False
     t_in_epochs: bool = True
@@ -232,7 +231,7 @@ class TanhLRScheduler(_CycleSchedule):
     updates_per_epoch: int | None = None
 
     def check_arguments(self) -> None:
-        self.check_rates("lb", "ub")
+        self.make_plain("lb", "ub")
         super().check_arguments()
         self.require(self.lb < self.ub, f"lb must be less than ub={self.ub!r}", "lb", "the rate falls from lb to ub")
         self.require(self.cycle_limit >= 0, "cycle_limit must be at least 0", "cycle_limit", "pass 1 for one descent")
@@ -273,13 +272,13 @@ class PolyLRScheduler(_CycleSchedule):
     Source: timm 1.0.31, scheduler/poly_lr.py.
     """
 
-    t_initial: float
+    t_initial: int
     power: float = 0.5
     lr_min: float = 0.0
     cycle_mul: float = 1.0
     cycle_decay: float = 1.0
     cycle_limit: int = 1
-    warmup_t: float = 0
+    warmup_t: int = 0
     warmup_lr_init: float = 0.0
     warmup_prefix: bool = False
     t_in_epochs: bool = True
@@ -294,14 +293,14 @@ class PolyLRScheduler(_CycleSchedule):
     updates_per_epoch: int | None = None
 
     def check_arguments(self) -> None:
-        self.check_rates("power", "k_decay")
+        self.make_plain("power", "k_decay")
         super().check_arguments()
 
     def shape(self) -> Curve:
         # 1 - u cancels where timm's does, which a clock that counts down would not.
         return Curve("power", divisor=self.t_initial, exponent=self.k_decay, complement=True, p=self.power)
 
-    def shape_failure(self) -> tuple[int, str] | None:
+    def shape_failing(self) -> tuple[int, str] | None:
         if self.k_decay < 0.0 and not self.power.is_integer():
             return self.first_call, f"(1 - u^{self.k_decay!r})^{self.power!r} is a complex number"
         if self.k_decay == 0.0 and self.power < 0.0:

@@ -20,7 +20,7 @@ class _Staircase(TimmSchedule, abstract=True):
     decay_rate: float
 
     def check_arguments(self) -> None:
-        self.check_rates("decay_rate")
+        self.make_plain("decay_rate")
 
     def odd_decay(self) -> str | None:
         if self.decay_rate < 0.0:
@@ -43,9 +43,9 @@ class StepLRScheduler(_Staircase):
     Source: timm 1.0.31, scheduler/step_lr.py.
     """
 
-    decay_t: float
+    decay_t: int
     decay_rate: float = 1.0
-    warmup_t: float = 0
+    warmup_t: int = 0
     warmup_lr_init: float = 0.0
     warmup_prefix: bool = True
     t_in_epochs: bool = True
@@ -60,9 +60,9 @@ class StepLRScheduler(_Staircase):
 
     def check_arguments(self) -> None:
         super().check_arguments()
-        self.check_durations("decay_t")
+        self.make_plain("decay_t")
 
-    def failure(self) -> tuple[int, str] | None:
+    def failing(self) -> tuple[int, str] | None:
         if self.decay_t == 0:
             return self.first_call, "it divides by decay_t=0"
         if self.decay_t < 0 and self.decay_rate == 0.0:
@@ -96,7 +96,7 @@ class MultiStepLRScheduler(_Staircase):
 
     decay_t: tuple[float, ...]
     decay_rate: float = 1.0
-    warmup_t: float = 0
+    warmup_t: int = 0
     warmup_lr_init: float = 0.0
     warmup_prefix: bool = True
     t_in_epochs: bool = True

@@ -39,16 +39,16 @@ class WSDLRScheduler(TimmSchedule):
 
     refusal = ValueError
 
-    t_initial: float
-    decay_t: float
+    t_initial: int
+    decay_t: int
     lr_min: float = 0.0
     stable_fn: str = "constant"
-    stable_timescale: float | None = None
+    stable_timescale: int | None = None
     stable_power: float = 0.5
     decay_fn: str = "1-sqrt"
     decay_power: float = 0.5
     decay_ratio: float = 0.1
-    warmup_t: float = 0
+    warmup_t: int = 0
     warmup_lr_init: float = 0.0
     t_in_epochs: bool = True
     noise_range_t: None = None
@@ -69,10 +69,8 @@ class WSDLRScheduler(TimmSchedule):
         return self.warmup_t if self.stable_timescale is None else self.stable_timescale
 
     def check_arguments(self) -> None:
-        self.check_durations("t_initial", "decay_t")
-        self.check_rates("lr_min", "stable_power", "decay_power", "decay_ratio")
-        if self.stable_timescale is not None:
-            self.check_durations("stable_timescale")
+        self.make_plain("t_initial", "decay_t", "lr_min")
+        self.make_plain("stable_timescale", "stable_power", "decay_power", "decay_ratio")
         if callable(self.decay_fn):
             raise ValueError(
                 f"{self.word}: decay_fn must be one of {_names(_DECAYS)}, got {self.decay_fn!r}; tabulate its own "

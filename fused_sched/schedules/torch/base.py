@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from typing import NamedTuple
 
 from ...program import Curve, Tree
-from ..library import LibrarySchedule
+from ..library import Failure, LibrarySchedule
 from ..nodes import flat
-from ..plain_numbers import make_numbers_plain
 
 #: The way out for what torch runs and these classes do not express.
 ELSE_TABULATE = "tabulate its rates with schedules.from_callable(function, num_steps)"
-
-
-class Failure(NamedTuple):
-    """torch raises `error` where it should compute the rate of an update."""
-
-    update: int
-    error: str
-    remedy: str
 
 
 class TorchSchedule(LibrarySchedule, library="torch", abstract=True):
@@ -30,13 +20,6 @@ class TorchSchedule(LibrarySchedule, library="torch", abstract=True):
     reads from the group. One update is one `scheduler.step()`. Where torch raises during training, the rates before are
     torch's and the last of them is held.
     """
-
-    def check(self) -> None:
-        make_numbers_plain(self)
-
-    def failure(self) -> Failure | None:
-        """What torch raises at the earliest, after the constructor."""
-        return None
 
     # SequentialLR begins its first child as its constructor does, and a later one by `_update_lr(0)`, which uses the
     # closed form where the class has one. The two differ for degenerate arguments only.
@@ -53,15 +36,6 @@ class TorchSchedule(LibrarySchedule, library="torch", abstract=True):
     def repeats_epoch_zero(self) -> bool:
         """Is the rate the same after another step to epoch 0? SequentialLR takes one in a chain that it begins with."""
         return True
-
-    def oddity(self) -> str | None:
-        failure = self.failure()
-        if failure is None:
-            return None
-        return (
-            f"torch raises {failure.error} at the step to update {failure.update}, where this schedule holds the rate "
-            f"before; {failure.remedy}"
-        )
 
 
 class Chainable(TorchSchedule, abstract=True):

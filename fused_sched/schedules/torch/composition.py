@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from math import inf
+from math import inf, isclose
 from typing import NamedTuple
 
 from ... import landmarks
-from ...program import Product, Tree, evaluate_at, pack
+from ...program import Product, Tree
 from .. import checks
 from ..base import Schedule, set_fields
-from ..library import LibrarySchedule
-from ..nodes import after, flat, half_cosine, in_turn, phases
-from .base import ELSE_TABULATE, Chainable, Failure, TorchSchedule, is_reached
+from ..library import Failure, LibrarySchedule
+from ..metric import MetricSchedule
+from ..nodes import after, flat, half_cosine, held, in_turn, phases, until
+from .base import ELSE_TABULATE, Chainable, TorchSchedule, is_reached
 from .cycles import CosineAnnealingLR, CyclicLR
 from .functions import MultiplicativeLR
 from .one_cycle import OneCycleLR
@@ -122,12 +123,11 @@ class SequentialLR(TorchSchedule):
                     f"{self.word}: torch keeps the bounds of {child!r} in the parameter group, where a later child of "
                     f"the list overwrites them; give both the same, or {ELSE_TABULATE}"
                 )
-        base_lr = getattr(first, "base_lr", None)
-        recursive = isinstance(first, Chainable | CosineAnnealingLR | ChainedScheduler)
-        if recursive and base_lr != stored.get("initial_lr", base_lr):
+        base_lr = first.base_lr if isinstance(first, Chainable | CosineAnnealingLR | ChainedScheduler) else None
+        if base_lr is not None and not isclose(base_lr, stored.get("initial_lr", base_lr), rel_tol=1e-12):
             raise ValueError(
                 f"{self.word}: the first schedule must have base_lr={stored['initial_lr']!r}, got {base_lr!r}; torch "
-                "begins at the group's initial_lr, which OneCycleLR sets to max_lr / div_factor"
+                f"begins at the group's initial_lr, which OneCycleLR sets to max_lr / div_factor; or {ELSE_TABULATE}"
             )
 
     def _phases(self) -> list[_Phase]:
@@ -176,7 +176,7 @@ class SequentialLR(TorchSchedule):
     def _companion_pieces(self, name: str, children: list[dict[str, Tree]]) -> Iterator[tuple[int, Tree]]:
         # All constructors have run: the last of them has set the first value.
         built_last = [child[name] for child in children if name in child][-1]
-        previous: tuple[int, Tree] = 0, flat(evaluate_at(pack(built_last), 0.0))
+        previous: tuple[int, Tree] = 0, held(built_last, 0)
         for phase in self._phases():
             failure = phase.failure()
             own = phase.schedule.lower_companions() if isinstance(phase.schedule, LibrarySchedule) else {}
@@ -235,9 +235,9 @@ class ChainedScheduler(TorchSchedule):
         return tuple(c for c in self.schedulers if isinstance(c, Chainable | CosineAnnealingLR))
 
     @property
-    def base_lr(self) -> float:
-        """The group's rate, which all children share."""
-        return self._factors[0].base_lr
+    def base_lr(self) -> float | None:
+        """The group's rate, which all children share; None for a single child that does not multiply it."""
+        return self._factors[0].base_lr if self._factors else None
 
     @property
     def is_product(self) -> bool:
@@ -257,7 +257,7 @@ class ChainedScheduler(TorchSchedule):
 
     def oddity(self) -> str | None:
         if not self._cosines or self._others_end_in_time:
-            return super().oddity()
+            return None
         steps = self._cosine_steps
         return (
             f"from update {steps + 1} on torch adds to the rate instead of multiplying it, and this schedule stays at "
@@ -285,7 +285,8 @@ class ChainedScheduler(TorchSchedule):
     def lower(self) -> Tree:
         if len(self.schedulers) == 1:
             return self.schedulers[0].lower()
-        base, factors = self.base_lr, self._factors
+        factors = self._factors
+        base = factors[0].base_lr
         tree: Tree = Product(tuple(c.lower_from(base if i == 0 else 1.0) for i, c in enumerate(factors)))
         if self._cosines:
             steps = self._cosine_steps
@@ -293,7 +294,7 @@ class ChainedScheduler(TorchSchedule):
             tree = phases([tree, anew], [after(steps)])
         failure = self.failure()
         if failure is not None:
-            tree = phases([tree, _held(0, tree, before=failure.update)], [failure.update])
+            tree = until(tree, failure.update)
         return tree
 
     def lower_companions(self) -> dict[str, Tree]:
@@ -313,7 +314,7 @@ def _check_schedulers(word: str, got: object) -> tuple[Schedule, ...]:
     for i, child in enumerate(got):
         if not isinstance(child, Schedule):
             raise TypeError(f"{word}: schedulers[{i}] must be a schedule, got {child!r}; see schedules.torch")
-        if child.word == "torch.ReduceLROnPlateau":
+        if isinstance(child, MetricSchedule):
             raise ValueError(f"{word}: schedulers[{i}] must not need a metric, got {child!r}, as in torch")
     return tuple(got)
 
@@ -326,4 +327,4 @@ def _in_turn(pieces: list[tuple[int, Tree]]) -> Tree:
 
 def _held(begin: int, tree: Tree, *, before: int) -> Tree:
     """The value that a tree which begins at `begin` has one update before `before`, for good."""
-    return flat(evaluate_at(pack(tree), float(before - 1 - begin)))
+    return held(tree, before - 1 - begin)

@@ -95,6 +95,8 @@ class Resumed(LibrarySchedule, library="torch"):
             raise TypeError(
                 f"{self.word}: scheduler must be one with companions, got {self.scheduler!r}; use .shifted(-updates)"
             )
+        if isinstance(self.scheduler, MetricSchedule):
+            self.scheduler.refuse(f"a part of {self.word}")
         set_fields(self, updates=checks.step_count(self.word, "updates", self.updates, at_least=0))
 
     def lower(self) -> Tree:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 from ...program import Clamp, Product, Repeat, Tree
-from ..base import set_fields
+from ..library import Failure
 from ..nodes import falling, flat, half_cosine, line, phases
-from .base import ELSE_TABULATE, Failure, TorchSchedule, geometric
+from .base import ELSE_TABULATE, TorchSchedule, geometric
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,7 +46,7 @@ class CosineAnnealingLR(TorchSchedule):
 
     def oddity(self) -> str | None:
         if self.T_max == 0 or self.base_lr == self.eta_min:
-            return super().oddity()
+            return None
         return (
             f"the rate comes back to base_lr after update T_max={self.T_max!r}; train for T_max updates, or end with "
             "schedules.cosine, which stays at its end"
@@ -125,7 +125,6 @@ class CyclicLR(TorchSchedule):
 
     def check(self) -> None:
         super().check()
-        set_fields(self, cycle_momentum=bool(self.cycle_momentum))
         if self.step_size_up == 0:
             raise ZeroDivisionError(f"{self.word}: step_size_up must be above 0, got 0; torch divides by it")
         if self.step_size_up < 0 or self._down < 0:

@@ -13,10 +13,11 @@ from fractions import Fraction
 from math import floor
 
 from ...program import Tree
+from .. import checks
 from ..base import set_fields
+from ..library import Failure
 from ..nodes import falling, flat, levels, line
-from ..plain_numbers import plain_number
-from .base import Chainable, Failure, bounded, geometric, is_reached
+from .base import Chainable, bounded, geometric, is_reached
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,7 +52,7 @@ class StepLR(Chainable):
 
     def oddity(self) -> str | None:
         if self.step_size == 0 or self._stair_steps == self.step_size:
-            return super().oddity()
+            return None
         return (
             f"torch decays where t % step_size == 0, with step_size={self.step_size!r} every {self._stair_steps} "
             "updates; use an integer above 0"
@@ -85,7 +86,7 @@ class MultiStepLR(Chainable):
     def check(self) -> None:
         if not isinstance(self.milestones, Iterable):
             raise TypeError(f"{self.word}: milestones must be a list of steps, got {self.milestones!r}")
-        milestones = (plain_number(self.word, f"milestones[{i}]", m) for i, m in enumerate(self.milestones))
+        milestones = (checks.duration(self.word, f"milestones[{i}]", m) for i, m in enumerate(self.milestones))
         set_fields(self, milestones=tuple(milestones))
         super().check()
 
@@ -139,7 +140,7 @@ class ConstantLR(Chainable):
 
     def oddity(self) -> str | None:
         if is_reached(self.total_iters) or self.factor == 1.0:
-            return super().oddity()
+            return None
         return (
             f"torch applies the factor at update 0 and takes it back at update total_iters={self.total_iters!r}, which "
             "never comes; use total_iters >= 1"
@@ -268,7 +269,7 @@ class PolynomialLR(Chainable):
 
     def oddity(self) -> str | None:
         if self.total_iters > 0 or self.power == 0.0:
-            return super().oddity()
+            return None
         return f"torch stays at base_lr for total_iters={self.total_iters!r}; use total_iters >= 1"
 
     def lower_from(self, base_lr: float) -> Tree:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ...program import Tree
-from ..base import set_fields
+from ..library import Failure
 from ..nodes import after, half_cosine, line, phases
-from .base import Failure, TorchSchedule
+from .base import TorchSchedule
 
 
 class _Phase(NamedTuple):
@@ -67,7 +67,6 @@ class OneCycleLR(TorchSchedule):
         if self.anneal_strategy not in ("cos", "linear"):
             raise ValueError(f"{word}: anneal_strategy must be 'cos' or 'linear', got {self.anneal_strategy!r}")
         super().check()
-        set_fields(self, cycle_momentum=bool(self.cycle_momentum), three_phase=bool(self.three_phase))
         for name in ("div_factor", "final_div_factor"):
             if getattr(self, name) == 0.0:
                 raise ZeroDivisionError(f"{word}: {name} must not be 0; torch divides by it")
@@ -109,7 +108,7 @@ class OneCycleLR(TorchSchedule):
     def oddity(self) -> str | None:
         if self.three_phase and self._phases()[1].end > self.num_steps - 1:
             return "with three phases and pct_start > 0.5 the rate never comes down; use pct_start <= 0.5"
-        return super().oddity()
+        return None
 
     def _phases(self) -> list[_Phase]:
         n, pct = self.num_steps, self.pct_start

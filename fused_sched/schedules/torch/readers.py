@@ -208,10 +208,14 @@ def _sequential(live: Live) -> Schedule:
         updates = None if live.num_steps is None else int(max(1, min(live.num_steps, end) - begin))
         schedules.append(read(replace(live, scheduler=child, num_steps=updates)))
     first = bisect_right(milestones, 0)
-    initial_lr = float(live.group["initial_lr"])  # where torch begins, whatever the child has read itself
-    if isinstance(schedules[first], Chainable):
-        beginning: Any = schedules[first]
-        schedules[first] = beginning if beginning.base_lr == initial_lr else replace(beginning, base_lr=initial_lr)
+    beginning: Any = schedules[first]
+    end = milestones[first] if first < len(milestones) else inf
+    follows_the_group = isinstance(beginning, Chainable) or (
+        isinstance(beginning, CosineAnnealingLR) and end <= abs(beginning.T_max)  # where it returns to its own base_lr
+    )
+    initial_lr = float(live.group["initial_lr"])  # which OneCycleLR may have set after the child has read it
+    if follows_the_group and beginning.base_lr != initial_lr:
+        schedules[first] = replace(beginning, base_lr=initial_lr)
     return SequentialLR(tuple(schedules), milestones)
 
 

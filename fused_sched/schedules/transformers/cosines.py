@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from ...program import Curve, Tree
 from ..nodes import flat, line, phases
-from .base import TransformersSchedule, then_hold, warmup
+from .base import ReadsTheDefaultRate, TransformersSchedule, warmup
 
 
 class Wave(TransformersSchedule, abstract=True):
@@ -31,7 +31,10 @@ class Wave(TransformersSchedule, abstract=True):
                 f"num_training_steps={n} leaves no decay after num_warmup_steps={w}: the rate then goes through "
                 f"num_cycles={self.num_cycles} waves per update; num_training_steps counts the warm-up as well"
             )
-        return f"the rate follows the cosine past num_training_steps={n}, up again; {then_hold(math.ceil(n))}"
+        return (
+            f"the rate follows the cosine past num_training_steps={n}, up again; stop there, or append "
+            f"schedules.constant(...) to it with schedules.join([...], [{math.ceil(n)}])"
+        )
 
     def wave(self, origin: float) -> Curve:
         """The factor after the warm-up, its clock being 0 at `origin`."""
@@ -46,12 +49,11 @@ class Wave(TransformersSchedule, abstract=True):
         )
 
 
-class WaveWithFloor(Wave, abstract=True):
+class WaveWithFloor(Wave, ReadsTheDefaultRate, abstract=True):
     """A wave that ends at a least rate, given as such or as a ratio."""
 
     min_lr: float | None
     min_lr_rate: float | None
-    default_lr: float | None
 
     def check(self) -> None:
         super().check()
@@ -61,21 +63,17 @@ class WaveWithFloor(Wave, abstract=True):
                 f"{self.word}: exactly one of min_lr and min_lr_rate must be set, got {' and '.join(given) or 'none'};"
                 " min_lr is a rate, min_lr_rate its ratio to the optimizer's"
             )
-        if self.min_lr is not None and self._initial_lr == 0:
+        if self.min_lr is not None and self.initial_lr == 0:
             raise ZeroDivisionError(
                 f"{self.word}: min_lr={self.min_lr} is divided by the optimizer's rate, got 0; give min_lr_rate"
             )
-
-    @property
-    def _initial_lr(self) -> float:
-        return self.base_lr if self.default_lr is None else self.default_lr
 
     @property
     def floor(self) -> float:
         if self.min_lr_rate is not None:
             return self.min_lr_rate
         assert self.min_lr is not None  # one of them is
-        return self.min_lr / self._initial_lr
+        return self.min_lr / self.initial_lr
 
 
 @dataclass(frozen=True, repr=False)
@@ -149,7 +147,7 @@ class get_cosine_with_hard_restarts_schedule_with_warmup(TransformersSchedule):
             "cosine", origin=w, divisor=-length if self.num_cycles < 0 else length, repeats=abs(self.num_cycles)
         )
         down = teeth if self.num_cycles else flat(1.0)
-        return phases((warmup(w), down, flat(0.0)), (w, w + length))
+        return phases((warmup(w), down, flat(0.0)), (w, n if n - w >= 1 else w + 1))
 
 
 @dataclass(frozen=True, repr=False)

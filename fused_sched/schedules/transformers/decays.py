@@ -7,8 +7,9 @@ from dataclasses import KW_ONLY, dataclass
 from math import inf
 
 from ...program import Curve, Tree
+from ..library import Failure
 from ..nodes import after, flat, phases
-from .base import TransformersSchedule, warmup
+from .base import ReadsTheDefaultRate, TransformersSchedule, warmup
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,7 +87,7 @@ class get_linear_schedule_with_warmup(TransformersSchedule):
 
 
 @dataclass(frozen=True, repr=False)
-class get_polynomial_decay_schedule_with_warmup(TransformersSchedule):
+class get_polynomial_decay_schedule_with_warmup(ReadsTheDefaultRate):
     """A linear warm-up, then a power of what remains, down to a rate that is then held.
 
     `base_lr * t / W` for t < W, then `base_lr * ((L - lr_end) * (1 - (t-W) / (N-W))^power + lr_end) / L`.
@@ -113,10 +114,6 @@ class get_polynomial_decay_schedule_with_warmup(TransformersSchedule):
     default_lr: float | None = None
 
     @property
-    def _initial_lr(self) -> float:
-        return self.base_lr if self.default_lr is None else self.default_lr
-
-    @property
     def _error_step(self) -> float:
         """Where the library divides by zero."""
         w, n = self.num_warmup_steps, self.num_training_steps
@@ -125,10 +122,10 @@ class get_polynomial_decay_schedule_with_warmup(TransformersSchedule):
 
     def check(self) -> None:
         super().check()
-        if not self._initial_lr > self.lr_end:
+        if not self.initial_lr > self.lr_end:
             raise ValueError(
                 f"{self.word}: lr_end must be less than the optimizer's rate, got lr_end={self.lr_end} and "
-                f"{self._initial_lr}; give the optimizer's default rate as default_lr if base_lr is a group's own"
+                f"{self.initial_lr}; give the optimizer's default rate as default_lr if base_lr is a group's own"
             )
         if self._error_step == 0:
             raise ZeroDivisionError(
@@ -136,13 +133,14 @@ class get_polynomial_decay_schedule_with_warmup(TransformersSchedule):
                 f"and {self.num_warmup_steps}, with power={self.power}; the first update divides by zero"
             )
 
+    def failure(self) -> Failure | None:
+        if self._error_step == inf:
+            return None
+        rule = f"let num_training_steps exceed num_warmup_steps={self.num_warmup_steps}"
+        return Failure(int(self._error_step), "ZeroDivisionError", f"{rule}, and power={self.power} be more than 0")
+
     def oddity(self) -> str | None:
         w, n = self.num_warmup_steps, self.num_training_steps
-        if self._error_step < inf:
-            return (
-                f"transformers raises ZeroDivisionError at step {n}, here the rate before is held; let "
-                f"num_training_steps exceed num_warmup_steps={w}, and power={self.power} be more than 0"
-            )
         if n < w:
             return (
                 f"num_training_steps={n} lies inside num_warmup_steps={w}: the rate drops to lr_end={self.lr_end} "
@@ -152,9 +150,9 @@ class get_polynomial_decay_schedule_with_warmup(TransformersSchedule):
 
     def factor(self) -> Tree:
         w, n = self.num_warmup_steps, self.num_training_steps
-        end = self.lr_end / self._initial_lr
+        end = self.lr_end / self.initial_lr
         last = self._error_step - 1
-        if n == w and last < inf:
+        if last < w:
             return warmup(w, held_from=last)
         # As the library, 1 - u and then the power: (N - t) / (N - W) would differ where the power is negative.
         decay = Curve(
@@ -217,13 +215,11 @@ class get_inverse_sqrt_schedule(TransformersSchedule):
         divides_by_zero = self._timescale == 0 or self._timescale == self.num_warmup_steps
         raise ZeroDivisionError(message) if divides_by_zero else ValueError(message)
 
-    def oddity(self) -> str | None:
+    def failure(self) -> Failure | None:
         if self._error_step == inf:
             return None
-        return (
-            f"timescale={self._timescale}: transformers raises an arithmetic error at step {self._error_step}, here "
-            "the rate before is held; use a positive timescale"
-        )
+        error = f"an arithmetic error, as timescale={self._timescale},"
+        return Failure(int(self._error_step), error, "use a positive timescale")
 
     def factor(self) -> Tree:
         w, scale = self.num_warmup_steps, self._timescale

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 
-from ...program import Curve, Tree
+from ...program import Clock, Curve, Tree
+from ..library import Failure
 from ..nodes import flat, phases
 from .base import TransformersSchedule
 
@@ -24,7 +26,8 @@ class get_wsd_schedule(TransformersSchedule):
     num_cycles: waves of a cosine decay; 0.5 is one descent. base_lr: the group's rate.
     Raises ValueError for neither of num_training_steps and num_stable_steps or an unknown type; TypeError or
     ValueError for anything but finite numbers. Warns for both of them (num_stable_steps is used), for W + D beyond
-    num_training_steps (the decay is jumped into), for D <= 0 and for a negative r.
+    num_training_steps (the decay is jumped into), for D <= 0, for a negative r, and where a W that is not whole makes
+    the library take the root of a negative number: the value before is then held.
 
     >>> s = get_wsd_schedule(4, 4, num_training_steps=16, decay_type="linear", base_lr=1.0)
     >>> s([0, 1, 4, 11, 12, 14, 16]).tolist()
@@ -51,6 +54,14 @@ class get_wsd_schedule(TransformersSchedule):
         assert self.num_training_steps is not None  # one of them is
         return self.num_training_steps - self.num_warmup_steps - self.num_decay_steps
 
+    @property
+    def _error_step(self) -> int | None:
+        """Where the library takes the root of a negative number: rounding may leave one at the decay's first step."""
+        w, s = self.num_warmup_steps, self._stable_steps
+        first = math.ceil(max(w, w + s))
+        is_used = self.decay_type == "1-sqrt" and w <= first < w + s + self.num_decay_steps
+        return first if is_used and (first - w) - s < 0 else None
+
     def check(self) -> None:
         super().check()
         if self.num_training_steps is None and self.num_stable_steps is None:
@@ -63,6 +74,11 @@ class get_wsd_schedule(TransformersSchedule):
                 raise ValueError(
                     f"{self.word}: {name} must be one of {', '.join(map(repr, _SHAPES))}, got {getattr(self, name)!r}"
                 )
+
+    def failure(self) -> Failure | None:
+        if self._error_step is None:
+            return None
+        return Failure(self._error_step, "ValueError", f"let num_warmup_steps={self.num_warmup_steps} be whole")
 
     def oddity(self) -> str | None:
         if self.num_training_steps is not None and self.num_stable_steps is not None:
@@ -81,11 +97,13 @@ class get_wsd_schedule(TransformersSchedule):
         return f"min_lr_ratio={self.min_lr_ratio}: the rate ends negative; use 0.0" if self.min_lr_ratio < 0 else None
 
     def factor(self) -> Tree:
-        w, d = self.num_warmup_steps, self.num_decay_steps
-        stable_end = w + self._stable_steps
+        w, s, d = self.num_warmup_steps, self._stable_steps, self.num_decay_steps
         up = self._shaped(self.warmup_type, 0.0, max(1, w), rises=True)
-        down = self._shaped(self.decay_type, stable_end, max(1, d), rises=False)
-        return phases((up, flat(1.0), down, flat(self.min_lr_ratio)), (w, stable_end, stable_end + d))
+        if self._error_step is not None:
+            return phases((up, flat(1.0)), (w,))
+        # (t - W) - S, as in the library: the root of what their rounding leaves is no longer small.
+        down = Clock(self._shaped(self.decay_type, s, max(1, d), rises=False), addend=-w)
+        return phases((up, flat(1.0), down, flat(self.min_lr_ratio)), (w, w + s, w + s + d))
 
     def _shaped(self, kind: str, origin: float, steps: float, rises: bool) -> Curve:
         r = self.min_lr_ratio
