@@ -1,4 +1,4 @@
-# make demo | test | lint | format | docs | build | wheel | clean
+# make demo | test | test-frameworks | lint | format | docs | build | wheel | clean
 #
 # On a fresh machine with Python >= 3.10 and g++, `make demo` and `make test` do all the set-up, in $(VENV).
 # Nothing here compares file times of sources: ninja does that, in about a second.
@@ -22,7 +22,7 @@ QUIET = sh -c 'what=$$1; shift; log=$$(mktemp); echo "  $$what"; \
 	if "$$@" >$$log 2>&1; then grep "^fused_sched:" $$log; rm -f $$log; \
 	else cat $$log; rm -f $$log; echo "make: failed to $$what" >&2; exit 1; fi; true' --
 
-.PHONY: demo test lint format docs build wheel clean
+.PHONY: demo test test-frameworks lint format docs build wheel clean
 
 demo: build
 	@$(PY) examples/digits.py
@@ -30,6 +30,10 @@ demo: build
 # make test ARGS='-k clock'
 test: build $(STAMPS)/test
 	@$(PY) -m pytest $(ARGS)
+
+# DeepSpeed, FSDP2, Trainer, Accelerate and Lightning, in several processes (minutes).
+test-frameworks: build $(STAMPS)/test-frameworks
+	@$(PY) -m pytest tests/frameworks $(ARGS)
 
 lint: $(STAMPS)/dev
 	@$(QUIET) 'lint (ruff check)' $(PY) -m ruff check .
@@ -82,6 +86,11 @@ $(STAMPS)/test: $(STAMPS)/installed
 	@$(QUIET) 'install what the tests need' $(PY) -m pip install --no-build-isolation -e '.[test]'
 	@# Only its schedulers are read, which need none of its dependencies, torchvision among them.
 	@$(QUIET) 'install the schedulers of timm' $(PY) -m pip install --no-deps timm==1.0.31
+	@touch $@
+
+$(STAMPS)/test-frameworks: $(STAMPS)/test
+	@$(QUIET) 'install the frameworks' env DS_BUILD_OPS=0 \
+		$(PY) -m pip install --no-build-isolation -e '.[test-frameworks]'
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/installed

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import precision
+from . import dtensors, precision
 from .codec import Stream
 
 #: Slots of `fs_arena` in `csrc/step.h`, in its order.
@@ -43,6 +43,7 @@ class Layout:
 
     @classmethod
     def of(cls, param: torch.Tensor, group: Mapping[str, Any]) -> Layout:
+        param = dtensors.local(param)
         return cls(
             shape=param.shape,
             stride=dense_stride(param),

@@ -50,7 +50,12 @@ class OptimizerBase(StepTail):
 
     def _pending_clock(self) -> int | None:
         """What an engine that restores checkpoints key by key has left in the groups."""
-        return max((int(g["clock"]) for g in self.param_groups if int(g.get("clock", -1)) >= 0), default=None)
+        return max((int(g["clock"]) for g in self._all_groups if int(g.get("clock", -1)) >= 0), default=None)
+
+    @property
+    def _all_groups(self) -> list[dict[str, Any]]:
+        """Those in force, and those that an engine has hidden for the time of this call."""
+        return [*self.param_groups, *self._records.options]
 
     def set_clock(self, step: int) -> None:
         """Set T, the index of the next update in every schedule; the parameters' own step counts stay.
@@ -68,7 +73,7 @@ class OptimizerBase(StepTail):
         value = -1 if isinstance(step, bool) else operator.index(step)
         if not 0 <= value <= _MAX_CLOCK:
             raise ValueError(f"the clock must be in [0, 2^53], which schedules can tell apart, got {step!r}")
-        for group in self.param_groups:
+        for group in self._all_groups:
             group["clock"] = NO_CLOCK
         self._devices.write_clock(value)
         self._ticks.forget_round()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import arena, conversion, hyperparameters
+from . import arena, conversion, dtensors, hyperparameters
 from . import state as states
 from ._warnings import warn_schedule
 
@@ -24,6 +24,7 @@ _LIVE_WINS = (
     "moments",
     "clock",
     "clock_step",
+    "group_index",
     "schedules",
     "metric_state",
     *hyperparameters.TORCH_ONLY,
@@ -38,7 +39,7 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
     """
     clock, clock_step = optimizer.clock, _largest_step(optimizer.state.values())
     numbers: dict[int, int] = {}
-    groups = []
+    groups: list[dict[str, Any]] = []
     for record in optimizer._records.of(optimizer.param_groups):
         params = record.group["params"]
         for param in params:
@@ -47,7 +48,7 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
         for name in ("lr", "weight_decay"):
             if name not in record.schedules:
                 group[f"{name}_reference"] = group[name]  # a ratio of 1, whoever wrote the option
-        group |= {"clock": clock, "clock_step": clock_step}
+        group |= {"clock": clock, "clock_step": clock_step, "group_index": len(groups)}
         if record.machine is not None:
             group["metric_state"] = record.machine.export()
         if not portable:
@@ -55,8 +56,8 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
         groups.append({**group, "params": [numbers[id(param)] for param in params]})
     packed: dict[Any, Any] = {}
     for key, value in optimizer.state.items():
-        if portable and isinstance(value, states.ParamState):
-            value = conversion.portable(key, value)
+        if isinstance(value, states.ParamState):
+            value = _exported_state(key, value, portable)
         if isinstance(key, torch.Tensor):
             if id(key) not in numbers:
                 raise RuntimeError(
@@ -66,6 +67,17 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
             key = numbers[id(key)]
         packed[key] = dict(value) if isinstance(value, dict) else value
     return {"state": packed, "param_groups": groups}
+
+
+def _exported_state(param: Any, state: states.ParamState, portable: bool) -> dict[str, Any]:
+    exported = dict(state)
+    if portable or (dtensors.is_distributed(param) and not dtensors.is_reshardable(state)):
+        exported = conversion.portable(dtensors.local(param), dtensors.local_state(param, state))
+        exported = dtensors.shown(param, exported)
+    if not portable and "step_int64" in state:
+        # No tensor: DeepSpeed's universal checkpoint cuts the padding off every tensor that is not called "step".
+        exported["step_int64"] = int(state["step_int64"])
+    return exported
 
 
 def _largest_step(values: Iterable[Any]) -> int:
@@ -93,9 +105,9 @@ def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
     params = list(chain.from_iterable(group["params"] for group in groups))
     keys = list(chain.from_iterable(group["params"] for group in saved_groups))
     saved_state = state_dict["state"]
-    sources = {key: saved_state[key] for key in keys if key in saved_state}
+    sources = {key: _found(saved_state[key]) for key in keys if key in saved_state}
     for param, key in zip(params, keys, strict=True):
-        conversion.check_source(param, sources.get(key, {}))
+        conversion.check_source(dtensors.local(param), dtensors.local_state(param, sources.get(key, {})))
     largest_step = _largest_step(sources.values())
     # With more steps than we counted, another optimizer went on: its rate is not a factor of our schedule.
     ours = all(largest_step == group.get("clock_step", largest_step) for group in saved_groups)
@@ -117,6 +129,21 @@ def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
     optimizer._applied_settings, optimizer._resumed = [], clock > 0
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
+
+
+def _found(saved: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's saved state without empty dicts.
+
+    They are what torch.distributed.checkpoint puts in place of keys that this optimizer's state has and a flattened
+    checkpoint has not.
+    """
+    found = {name: value for name, value in saved.items() if not isinstance(value, dict) or value}
+    if len(found) < len(saved) and not found.keys() & {"exp_avg", "exp_avg_code"}:
+        raise ValueError(
+            "the flattened checkpoint has the moments in another format than this optimizer, which torch does not hand "
+            'over; use the nested form (flatten_optimizer_state_dict=False), or moments="fp32"'
+        )
+    return found
 
 
 def _check_sizes(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:

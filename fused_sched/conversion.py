@@ -195,7 +195,7 @@ def _fill_step(entry: Entry, source: Mapping[str, Any]) -> None:
     new_mirror = source.get("step", 0 if new_count is None else new_count)
     if new_count is count and new_mirror is not mirror:
         new_count = new_mirror  # only the mirror was written
-    elif new_mirror is mirror and new_count is not count:
+    elif new_mirror is mirror and new_count is not None and new_count is not count:
         new_mirror = new_count  # only the count was written
     for target, value in ((mirror, new_mirror), (count, new_mirror if new_count is None else new_count)):
         if value is target:

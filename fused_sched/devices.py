@@ -20,8 +20,13 @@ from .reference import ReferenceEngine
 
 class Call(NamedTuple):
     """What one call of step() updates: parameters, their gradients, the index of each one's group, and its place
-    among all parameters of the groups."""
+    among all parameters of the groups.
 
+
+    The owners are what the groups hold and the state is kept for. Where one is a DTensor, the parameter is its shard.
+    """
+
+    owners: list[torch.Tensor]
     params: list[torch.Tensor]
     grads: list[torch.Tensor]
     groups: list[int]
@@ -87,7 +92,7 @@ class Devices:
         layouts = [arena.Layout.of(p, options[i]) for p, i in zip(call.params, call.groups, strict=True)]
         for device in dict.fromkeys(p.device for p in call.params):
             self.engine(device)
-        states.ensure(state, call.params, layouts)
+        states.ensure(state, call.owners, layouts)
 
     def lay_out(self, state: states.StateMap, call: Call, options: Sequence[Mapping[str, Any]]) -> None:
         """Make state and the engines' tables ready for a call; nothing has been changed when this raises."""
@@ -101,7 +106,7 @@ class Devices:
         assert self.first is not None
         self.recorder.prepare(self.first.device, len(options))
         self.first.recorder = self.recorder
-        works = [Work(p, g, group, state[p].entry, ordinal) for p, g, group, ordinal in zip(*call, strict=True)]
+        works = [Work(p, g, group, state[o].entry, ordinal) for o, p, g, group, ordinal in zip(*call, strict=True)]
         self._routes = []
         # Also those without a tensor in this call: their clocks tick with the others.
         for device, engine in self.engines.items():
@@ -201,7 +206,8 @@ class Devices:
 def _key(call: Call, options: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
     """What must be equal for a prepared call to serve again; the tensors are looked at apart."""
     layout_options = [(o["master"], o["moments"], o["amsgrad"]) for o in options]
-    return [id(p) for p in call.params], call.groups, call.ordinals, layout_options
+    shards = [] if call.params is call.owners else [id(p) for p in call.params]
+    return [id(p) for p in call.owners], shards, call.groups, call.ordinals, layout_options
 
 
 def called_for_allocation() -> bool:

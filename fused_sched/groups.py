@@ -30,11 +30,21 @@ class GroupRecord:
 
     def __post_init__(self) -> None:
         self.start_machine()
+        self._given = {key: self.group[key] for key in _READ if key in self.group}
 
     def start_machine(self) -> None:
         """The lr has a new schedule: one that follows metrics has had no report yet."""
         lr = self.schedules.get("lr")
         self.machine = Machine(lr) if isinstance(lr, MetricSchedule) else None
+
+    def restore_options(self, index: int) -> None:
+        """Undo the options of another group, if this one, at `index`, holds them.
+
+        From a universal checkpoint ZeRO-3 copies all keys of group 0 into every group (DeepSpeed 0.19.8,
+        runtime/zero/stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3).
+        """
+        if self.group.pop("group_index", index) != index:
+            self.group.update(self._given)
 
     def settings(self, grad_divisor: float) -> GroupSettings:
         """The group's settings as of now; raises where they are unusable."""
@@ -96,4 +106,6 @@ class GroupTable:
 
     def settings(self, grad_divisor: float) -> list[GroupSettings]:
         """All groups' settings as of now; raises where they are unusable."""
+        for index, record in enumerate(self._records):
+            record.restore_options(index)
         return [record.settings(grad_divisor) for record in self._records]

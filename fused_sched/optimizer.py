@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from . import arena, checkpoint, hyperparameters, packing, precision
+from . import arena, checkpoint, dtensors, hyperparameters, packing, precision
 from . import state as states
 from .base import NO_CLOCK, OptimizerBase
 from .devices import Call, called_for_allocation
 from .hyperparameters import SCHEDULABLE
 from .machine import check_metric
-from .scheduler import SECOND_SCHEDULER, refuse_second_scheduler
+from .scheduler import SECOND_SCHEDULER, refuse_engines_scheduler, refuse_second_scheduler
 from .schedules import Schedule
 
 
@@ -187,24 +187,27 @@ class FusedScheduledAdam(OptimizerBase):
         packing.check_scaler_value("grad_scale", grad_scale)
         options = self._records.options
         reusable = not self.state.changed and self._devices.rebind(call, options)
-        if not reusable and not all(map(self.state.has_state, call.params)) and called_for_allocation():
+        if not reusable and not all(map(self.state.has_state, call.owners)) and called_for_allocation():
             self._devices.allocate(self.state, call, options)
             return
         refuse_second_scheduler(self._records)
+        if not self._applied_settings:
+            refuse_engines_scheduler(self)
         settings = self._records.settings(self._grad_divisor)
         if not reusable:
             self._devices.lay_out(self.state, call, options)
         self._take_clock_from_groups()
-        ids = [id(p) for p in call.params]
+        ids = [id(p) for p in call.owners]
         tick = self._ticks.should_tick(ids)
         self._push(settings)
         self._devices.step(tick, found_inf, grad_scale, self.norm_reduce_hook)
         self._ticks.record(ids, tick)
         self._applied_settings, self._resumed = settings, False
-        packing.bump_versions(call.params)
+        packing.bump_versions(call.owners)
 
     def _collect(self) -> Call:
-        call = Call([], [], [], [])
+        owners: list[torch.Tensor] = []
+        call = Call(owners, owners, [], [], [])
         ordinal = -1
         for group in self.param_groups:
             index = self._records.index_of(group, self.param_groups)
@@ -217,11 +220,14 @@ class FusedScheduledAdam(OptimizerBase):
                         continue
                     if not isinstance(grad, torch.Tensor):
                         raise TypeError(f"p.main_grad must be a tensor or None, got {grad!r}; set it to a gradient")
-                call.params.append(p)
+                owners.append(p)
                 call.grads.append(grad)
                 call.groups.append(index)
                 call.ordinals.append(ordinal)
-        return call
+        if not dtensors.any_distributed(owners) and not dtensors.any_distributed(call.grads):
+            return call
+        grads = [dtensors.local_grad(p, g) for p, g in zip(owners, call.grads, strict=True)]
+        return call._replace(params=list(map(dtensors.local, owners)), grads=grads)
 
     # -- hyperparameters -----------------------------------------------------------------------------------
 

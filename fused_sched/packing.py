@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from . import precision
+from . import dtensors, precision
 from .arena import Entry, is_dense, same_order
 from .backends import Backend
 
@@ -59,10 +59,7 @@ def check_param(param: torch.Tensor) -> None:
             f"parameters must be float32, bfloat16, float16 or float64, got {param.dtype} of shape "
             f"{tuple(param.shape)}; {remedy}"
         )
-    if hasattr(param, "to_local"):
-        raise NotImplementedError(
-            f"parameters must be plain tensors, got {type(param).__name__}; DTensor support is not built yet"
-        )
+    dtensors.check_param(param)
 
 
 def check_work(param: torch.Tensor, grad: torch.Tensor) -> None:

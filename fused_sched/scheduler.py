@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,13 @@ SECOND_SCHEDULER = (
     "plain number as lr and keep the other scheduler"
 )
 
+ENGINES_SCHEDULER = (
+    "this optimizer computes its own schedule (lr is a fused_sched Schedule), and DeepSpeed drives group['lr'] by "
+    'another one, {}, from its configuration\'s section "scheduler": the rate would be the product of both. Pass '
+    "lr_scheduler=opt.scheduler() to deepspeed.initialize, which then ignores the section; or remove the section; or "
+    "call fused_sched.deepspeed.initialize, which makes it the optimizer's schedule"
+)
+
 
 def refuse_second_scheduler(records: Iterable[GroupRecord]) -> None:
     """Raise if the marks that torch's schedulers leave in a group say that one drives a scheduled rate."""
@@ -24,6 +32,23 @@ def refuse_second_scheduler(records: Iterable[GroupRecord]) -> None:
         initial_lr = record.group.get("initial_lr")
         if "lr" in record.schedules and initial_lr is not None and record.group["lr"] != initial_lr:
             raise RuntimeError(SECOND_SCHEDULER)
+
+
+def refuse_engines_scheduler(optimizer: OptimizerBase) -> None:
+    """Raise if the engine that is calling step() has a scheduler of its own over a scheduled rate.
+
+    DeepSpeed's schedulers leave no mark in the groups; they only write group["lr"], and 0 before the first step.
+    """
+    if "deepspeed" not in sys.modules or not any("lr" in record.schedules for record in optimizer._records):
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("deepspeed."):
+            scheduler = getattr(frame.f_locals.get("self"), "lr_scheduler", None)
+            drives = getattr(scheduler, "optimizer", None) is optimizer
+            if drives and not isinstance(scheduler, ObservingScheduler):
+                raise RuntimeError(ENGINES_SCHEDULER.format(type(scheduler).__name__))
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 class ObservingScheduler(LRScheduler):
@@ -39,6 +64,10 @@ class ObservingScheduler(LRScheduler):
         # Not LRScheduler.__init__: it patches optimizer.step, adds "initial_lr" and writes group["lr"].
         self.optimizer = optimizer
         self._step_count = 1
+        if "deepspeed" in sys.modules:
+            from .deepspeed import register  # which needs the optimizer, which needs this module
+
+            register(type(optimizer))
 
     @property
     def base_lrs(self) -> list[float]:  # type: ignore[override]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import dtensors
 from .arena import Entry, Layout, allocate
 from .conversion import CODES, FLOATS, check_source, fill
 
@@ -27,9 +28,9 @@ class ParamState(dict[str, Any]):
         if self.owner is not None:
             self.owner.changed = True
 
-    def publish(self, entry: Entry) -> None:
+    def publish(self, entry: Entry, param: torch.Tensor) -> None:
         """Show this entry's tensors, keeping keys that are not ours."""
-        super().update(entry.tensors)
+        super().update(dtensors.shown(param, entry.tensors))
         for key in (*FLOATS, *CODES):
             if key not in entry.tensors:
                 super().pop(key, None)
@@ -156,7 +157,7 @@ def ensure(state: StateMap, params: Iterable[torch.Tensor], layouts: Iterable[La
             param_state = ParamState()
         entry = param_state.entry
         if param_state.changed or entry is None or entry.layout != layout or entry.moved:
-            check_source(param, param_state)
+            check_source(dtensors.local(param), dtensors.local_state(param, param_state))
             pending.append((param, param_state, layout))
     sources = _sources(pending)
     by_device: dict[torch.device, list[tuple[ParamState, Layout]]] = {}
@@ -173,8 +174,8 @@ def ensure(state: StateMap, params: Iterable[torch.Tensor], layouts: Iterable[La
         assert entry is not None
         if entry.arena is not None:
             entry.reclaim()
-        fill(entry, param, source)
-        param_state.publish(entry)
+        fill(entry, dtensors.local(param), source)
+        param_state.publish(entry, param)
         if state.get(param) is not param_state:
             state[param] = param_state
     state.changed = False
@@ -185,7 +186,8 @@ def _sources(pending: Iterable[tuple[torch.Tensor, ParamState, Layout]]) -> list
 
     A value may lie in another one's memory: two parameters' states swapped, or a transposed view put in place.
     """
-    states = [param_state for _, param_state, _ in pending]
+    items = list(pending)
+    states = [param_state for _, param_state, _ in items]
     arenas = {id(s.entry.arena): s.entry.arena for s in states if s.entry is not None and s.entry.arena is not None}
     written = [(buffer.data_ptr(), buffer.nbytes) for arena in arenas.values() for buffer in arena.all_buffers]
 
@@ -196,6 +198,9 @@ def _sources(pending: Iterable[tuple[torch.Tensor, ParamState, Layout]]) -> list
         return value.clone() if inside else value
 
     return [
-        {key: detached(value, {} if s.entry is None else s.entry.tensors, key) for key, value in s.items()}
-        for s in states
+        {
+            key: detached(value, {} if s.entry is None else s.entry.tensors, key)
+            for key, value in dtensors.local_state(param, s).items()
+        }
+        for param, s, _ in items
     ]

@@ -11,17 +11,18 @@ import importlib
 import inspect
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from . import schedules
-from .optimizer import FusedScheduledAdam
-from .schedules import Schedule
-from .schedules.deepspeed import DeepSpeedSchedule
-from .schedules.library import LibrarySchedule
+from .. import schedules
+from ..optimizer import FusedScheduledAdam
+from ..schedules import Schedule
+from ..schedules.deepspeed import DeepSpeedSchedule
+from ..schedules.library import LibrarySchedule
 
 Config: TypeAlias = Mapping[str, Any] | str | os.PathLike[str]
 
@@ -76,14 +77,18 @@ def optimizer_from_config(params: Iterable[Any], ds_config: Config, **options: A
 
     Source: DeepSpeed 0.19.8, runtime/engine.py, _configure_basic_optimizer and _scheduler_from_config.
     """
-    config = _read(ds_config)
+    config = read(ds_config)
     clipping = {} if "max_grad_norm" in options else _clipping(config)
+    if "deepspeed" in sys.modules:
+        from .engine import register  # which needs this module
+
+        register()
     settings = {**_optimizer_settings(config, options), **clipping, **options}
     entries = params if isinstance(params, torch.Tensor) else list(params)  # of a tensor torch says what is wrong
     groups = [] if isinstance(entries, torch.Tensor) else [entry for entry in entries if isinstance(entry, Mapping)]
-    section = _section(config, "scheduler")
+    section = section_of(config, "scheduler")
     if section is not None:
-        rates = _schedules(section, [_number(group.get("lr", settings["lr"])) for group in groups or [{}]])
+        rates = schedules_of(section, [_number(group.get("lr", settings["lr"])) for group in groups or [{}]])
         if groups:
             entries = [{**group, "lr": rate} for group, rate in zip(groups, rates, strict=True)]
         else:
@@ -106,22 +111,23 @@ def schedule_from_config(ds_config: Config, *, base_lr: float | None = None) -> 
     >>> schedule_from_config({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}})
     deepspeed.WarmupLR(warmup_max_lr=0.1)
     """
-    config = _read(ds_config)
-    section = _section(config, "scheduler")
+    config = read(ds_config)
+    section = section_of(config, "scheduler")
     if section is None:
         raise ValueError('ds_config has no "scheduler" section, so its rate is constant; use schedules.constant(lr)')
-    optimizer = _section(config, "optimizer")
+    optimizer = section_of(config, "optimizer")
     if base_lr is None and optimizer is not None:
         default = _DEFAULT_LR if _type(optimizer, "optimizer").lower() in _ADAMS else None
         in_config = (optimizer.get("params") or {}).get("lr", default)
         base_lr = None if in_config == "auto" else in_config
-    return _schedules(section, [base_lr])[0]
+    return schedules_of(section, [base_lr])[0]
 
 
 # The configuration as data.
 
 
-def _read(ds_config: Config) -> Mapping[str, Any]:
+def read(ds_config: Config) -> Mapping[str, Any]:
+    """The configuration as a dict, its keys checked for misspelt ones."""
     if isinstance(ds_config, str | os.PathLike):
         path = Path(ds_config)
         config = _parse(path.read_text(encoding="utf-8"), str(path))
@@ -160,7 +166,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+def section_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """A section whose keys are checked, None where there is none."""
     section = config.get(name)
     if section is None:
         return None
@@ -212,7 +219,7 @@ def _closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None
 
 def _optimizer_settings(config: Mapping[str, Any], given: Iterable[str]) -> dict[str, Any]:
     """Arguments of FusedScheduledAdam from the section "optimizer"."""
-    section = _section(config, "optimizer")
+    section = section_of(config, "optimizer")
     if section is None:
         raise ValueError(
             'ds_config has no "optimizer" section; add one, or pass lr=schedule_from_config(ds_config, base_lr=...) to '
@@ -256,7 +263,7 @@ def _number(lr: Any) -> Any:
     return lr.item() if isinstance(lr, torch.Tensor) else lr
 
 
-def _schedules(section: Mapping[str, Any], base_lrs: Sequence[float | None]) -> list[Schedule]:
+def schedules_of(section: Mapping[str, Any], base_lrs: Sequence[float | None]) -> list[Schedule]:
     """The section "scheduler", one schedule per group."""
     cls = _schedule_class(_type(section, "scheduler"))
     own = _arguments(cls, keyword_only=False)
