@@ -8,7 +8,7 @@ Nothing here imports torch.distributed, which a DTensor's presence proves import
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,38 @@ def check_param(param: torch.Tensor) -> None:
             f"the parameter of shape {tuple(param.shape)} is a sum over processes ({placements}), which an update of "
             "its parts would not keep; distribute it with Shard or Replicate"
         )
+
+
+def norm_reducer(params: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], None] | None:
+    """What turns the sum of squares of the local parts into that of the whole; None without distributed parameters.
+
+    Raises ValueError where some are cut along other dimensions of a mesh than others, or not at all: a sum over
+    processes would count those several times.
+    """
+    if not any_distributed(params):
+        return None
+    cuts = {_cut(param) for param in params}
+    if len(cuts) > 1:
+        raise ValueError(
+            "the norm of all gradients needs all parameters cut along the same dimensions of one mesh, got "
+            f"{sorted(map(str, cuts))}; set opt.norm_reduce_hook to a function that makes the 0-d tensor it is given, "
+            "this process's sum of squares, that of all processes, or clip with torch.nn.utils.clip_grad_norm_"
+        )
+    mesh, dimensions = cuts.pop()
+
+    def reduce(squares: torch.Tensor) -> None:
+        for dimension in dimensions:
+            torch.distributed.all_reduce(squares, group=mesh.get_group(dimension))
+
+    return reduce
+
+
+def _cut(param: Any) -> tuple[Any, tuple[int, ...]]:
+    """The mesh of a parameter, and along which of its dimensions the parameter is cut into shards."""
+    if not is_distributed(param):
+        return None, ()
+    dimensions = [i for i, placement in enumerate(param.placements) if not placement.is_replicate()]
+    return param.device_mesh, tuple(dimensions)
 
 
 def like(param: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:

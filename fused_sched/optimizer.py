@@ -13,7 +13,7 @@ from .base import NO_CLOCK, OptimizerBase
 from .devices import Call, called_for_allocation
 from .hyperparameters import SCHEDULABLE
 from .machine import check_metric
-from .scheduler import SECOND_SCHEDULER, refuse_engines_scheduler, refuse_second_scheduler
+from .scheduler import SECOND_SCHEDULER, refuse_engines_scheduler, refuse_partial_norm, refuse_second_scheduler
 from .schedules import Schedule
 
 
@@ -191,8 +191,13 @@ class FusedScheduledAdam(OptimizerBase):
             self._devices.allocate(self.state, call, options)
             return
         refuse_second_scheduler(self._records)
+        reducer = self.norm_reduce_hook
+        if reducer is None and self._norm_settings().wanted:
+            reducer = dtensors.norm_reducer(call.owners)
         if not self._applied_settings:
             refuse_engines_scheduler(self)
+            if reducer is None and self._norm_settings().wanted:
+                refuse_partial_norm()
         settings = self._records.settings(self._grad_divisor)
         if not reusable:
             self._devices.lay_out(self.state, call, options)
@@ -200,7 +205,7 @@ class FusedScheduledAdam(OptimizerBase):
         ids = [id(p) for p in call.owners]
         tick = self._ticks.should_tick(ids)
         self._push(settings)
-        self._devices.step(tick, found_inf, grad_scale, self.norm_reduce_hook)
+        self._devices.step(tick, found_inf, grad_scale, reducer)
         self._ticks.record(ids, tick)
         self._applied_settings, self._resumed = settings, False
         packing.bump_versions(call.owners)

@@ -51,6 +51,20 @@ def refuse_engines_scheduler(optimizer: OptimizerBase) -> None:
         frame = frame.f_back  # type: ignore[assignment]
 
 
+def refuse_partial_norm() -> None:
+    """Raise if DeepSpeed's ZeRO is calling step(): it hands over one process's part of some gradients at a time."""
+    frame = sys._getframe(1) if "deepspeed" in sys.modules else None
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith(("deepspeed.runtime.zero.", "deepspeed.runtime.bf16_optimizer")):
+            raise RuntimeError(
+                "max_grad_norm and skip_nonfinite need all gradients in one call, and DeepSpeed's ZeRO hands over a "
+                'part at a time; clip with "gradient_clipping" in its configuration, which also skips overflows, and '
+                "leave both options out here"
+            )
+        frame = frame.f_back  # type: ignore[assignment]
+
+
 class ObservingScheduler(LRScheduler):
     """An LRScheduler whose `step()` moves nothing: the clock lives in the optimizer.
 

@@ -58,12 +58,12 @@ def optimizer_from_config(params: Iterable[Any], ds_config: Config, **options: A
 
     "Adam" and "AdamW" both decouple the weight decay, unless "Adam" has `"adam_w_mode": false`; without
     `"torch_adam": true` the weight decay defaults to 0. The scheduler is one of DeepSpeed's or, by name, of torch's;
-    without one the rate is constant. Lists have one entry per group. OneCycle overwrites both betas. Where
-    "gradient_clipping" is absent, DeepSpeed clips the gradients' norm at 1.0; nothing is clipped here.
+    without one the rate is constant. Lists have one entry per group. OneCycle overwrites both betas. The key
+    "gradient_clipping" becomes max_grad_norm. Where it is absent, DeepSpeed 0.19.8 clips at 1.0; nothing is clipped
+    here.
 
     Raises ValueError or TypeError, with the key in question, for a section or parameter that is missing, unknown,
-    misspelt, "auto" or of no use, OSError for a file that cannot be read, NotImplementedError for gradient_clipping
-    as long as the optimizer has none.
+    misspelt, "auto" or of no use, OSError for a file that cannot be read.
 
     >>> import torch
     >>> from fused_sched.deepspeed import optimizer_from_config
@@ -93,12 +93,7 @@ def optimizer_from_config(params: Iterable[Any], ds_config: Config, **options: A
             entries = [{**group, "lr": rate} for group, rate in zip(groups, rates, strict=True)]
         else:
             settings["lr"] = rates[0]
-    try:
-        return FusedScheduledAdam(entries, **settings)
-    except NotImplementedError as error:
-        if clipping and str(error).startswith("max_grad_norm"):
-            raise NotImplementedError(f"gradient_clipping: {error}, and pass max_grad_norm=None here") from error
-        raise
+    return FusedScheduledAdam(entries, **settings)
 
 
 def schedule_from_config(ds_config: Config, *, base_lr: float | None = None) -> Schedule:

@@ -136,6 +136,35 @@ def fsdp2_with_clipping() -> None:
 
 
 @CHECKS
+def fsdp2_with_clipping_in_the_step() -> None:
+    """The norm is that of the whole gradient, not of this process's shards."""
+    module, reference = sharded(), sharded()
+    optimizer = ours(module.parameters(), max_grad_norm=0.01)
+    theirs = Theirs(reference.parameters())
+    for step in range(8):
+        for each in (module, reference):
+            each(batch(step)).pow(2).mean().backward()
+        norm = whole(torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.01))
+        optimizer.step()
+        theirs.step()
+        torch.testing.assert_close(optimizer.grad_norm.float(), norm, rtol=TOLERANCE, atol=0)
+        for each in (optimizer, theirs):
+            each.zero_grad()
+    assert_close(module, reference)
+
+
+@CHECKS
+def a_norm_of_parameters_cut_differently_is_refused() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    cut = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+    copied = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Replicate()]))
+    for p in (cut, copied):
+        p.grad = torch.ones_like(p)
+    assert "norm_reduce_hook" in raised(ours([cut, copied], max_grad_norm=1.0).step)
+    ours([cut, copied]).step()
+
+
+@CHECKS
 def fsdp2_with_bfloat16_compute() -> None:
     compare(lambda: sharded(MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)))
 
