@@ -62,7 +62,7 @@ def refuse_partial_norm() -> None:
                 'part at a time; clip with "gradient_clipping" in its configuration, which also skips overflows, and '
                 "leave both options out here"
             )
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
 
 
 class ObservingScheduler(LRScheduler):
