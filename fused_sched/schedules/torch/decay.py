@@ -16,8 +16,8 @@ from ...program import Tree
 from .. import checks
 from ..base import set_fields
 from ..library import Failure
-from ..nodes import falling, flat, levels, line
-from .base import Chainable, bounded, geometric, is_reached
+from ..nodes import bounded, falling, flat, geometric, levels, line
+from .base import Chainable, is_reached
 
 
 @dataclass(frozen=True, repr=False)
