@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from live_torch import Config, quietly
+from live_torch import Config, build, optimizer, quietly, run
 from torch.optim import lr_scheduler
 
 from fused_sched import schedules
@@ -101,6 +101,14 @@ def test_refused(function: Any, message: str) -> None:
 def test_refused_types(function: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         function()
+
+
+@pytest.mark.parametrize("condition", [lambda t: t < 2, lambda t: np.bool_(t < 2)])
+def test_a_condition_is_a_factor(condition: Any) -> None:
+    live = run(build(("LambdaLR", {"lr_lambda": condition}), optimizer(0.1)), 4)
+    schedule = T.LambdaLR(condition, num_steps=4, base_lr=0.1)
+    assert schedule(range(4)).tolist() == live.rates == [0.1, 0.1, 0.0, 0.0]
+    assert schedule == T.LambdaLR([1.0, 1.0, 0.0, 0.0], base_lr=0.1)
 
 
 def test_bounds_kept_in_the_group_are_overwritten() -> None:

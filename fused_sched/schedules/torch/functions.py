@@ -9,10 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from itertools import accumulate
 
+import numpy as np
+
 from ...program import Curve, Tree
 from .. import checks
 from ..base import set_fields
-from .base import Chainable, TorchSchedule, bounded
+from ..nodes import bounded
+from .base import Chainable, TorchSchedule
 
 Factors = Callable[[int], float] | Sequence[float]
 
@@ -112,7 +115,9 @@ def _tabulated(word: str, lr_lambda: Factors, num_steps: int | None, first: int)
         raise TypeError(f"{word}: lr_lambda must be a function or its values in a list, got {lr_lambda!r}")
     if not values:
         raise ValueError(f"{word}: lr_lambda must have at least one value, got none")
-    return tuple(checks.number(word, f"lr_lambda({t})", value) for t, value in enumerate(values))
+    # A condition is a factor, as in torch: `lambda t: t < 100`.
+    numbers = (float(value) if isinstance(value, bool | np.bool_) else value for value in values)
+    return tuple(checks.number(word, f"lr_lambda({t})", value) for t, value in enumerate(numbers))
 
 
 def _turns_negative(factors: tuple[float, ...], base_lr: float) -> str | None:
