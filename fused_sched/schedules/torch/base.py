@@ -6,6 +6,7 @@ from abc import abstractmethod
 
 from ...program import Tree
 from ..library import Failure, LibrarySchedule
+from .restarts import Restarts
 
 #: The way out for what torch runs and these classes do not express.
 ELSE_TABULATE = "tabulate its rates with schedules.from_callable(function, num_steps)"
@@ -47,6 +48,10 @@ class Chainable(TorchSchedule, abstract=True):
 
     def lower(self) -> Tree:
         return self.lower_from(self.base_lr)
+
+    def lower_factors(self, restarts: Restarts) -> Tree:
+        """The product of what torch multiplies the rate with since the latest restart."""
+        return restarts.of_curve(self.lower_from(1.0))
 
 
 def is_reached(epoch: float, *, first: int = 1) -> bool:

@@ -16,6 +16,7 @@ from .. import checks
 from ..base import set_fields
 from ..nodes import bounded
 from .base import Chainable, TorchSchedule
+from .restarts import Restarts
 
 Factors = Callable[[int], float] | Sequence[float]
 
@@ -96,6 +97,9 @@ class MultiplicativeLR(Chainable):
 
     def lower_from(self, base_lr: float) -> Tree:
         return Curve("table", table=self._products(base_lr))
+
+    def lower_factors(self, restarts: Restarts) -> Tree:
+        return restarts.of_stairs(dict(enumerate(self.factors[1:], start=1)))
 
     def _products(self, base_lr: float) -> tuple[float, ...]:
         return tuple(accumulate(self.factors[1:], lambda lr, factor: bounded(lr * factor), initial=base_lr))
