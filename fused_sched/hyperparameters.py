@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from . import landmarks, precision
@@ -24,8 +25,8 @@ SCHEDULABLE = ("lr", "beta1", "beta2", "weight_decay")
 #: group also keeps what the option was when the schedule was set.
 _WITH_REFERENCE = ("lr", "weight_decay")
 
-#: Updates at which a schedule is probed when it is set, besides its own landmarks: densely where schedules
-#: usually have their phases, then ever more sparsely.
+#: Updates at which a schedule is probed when it is set, besides its own landmarks and up to its end: densely where
+#: schedules usually have their phases, then ever more sparsely.
 _PROBES = np.array([*range(1 << 16), *(2**k + j for k in range(16, 41) for j in (-1, 0, 1))])
 
 #: Options of torch's Adam that this optimizer has no use for, and what to do instead.
@@ -128,14 +129,17 @@ def split_options(options: dict[str, Any]) -> dict[str, Schedule]:
 
 
 def check_schedule(name: str, schedule: Schedule) -> None:
-    """Raise if a schedule cannot drive this hyperparameter; warn of a learning rate that turns negative."""
+    """Raise if a schedule cannot drive this hyperparameter; warn of a learning rate that turns negative.
+
+    A schedule of another library may have said so when it was constructed.
+    """
     if isinstance(schedule, MetricSchedule):
         if name != "lr":
             raise ValueError(
                 f"{name} cannot follow metrics, got {schedule!r}; only lr can, pass a number or a Schedule"
             )
         return
-    steps = np.union1d(_PROBES, sorted(landmarks.extremes(schedule.tree)))
+    steps = _probes(schedule)
     values = schedule(steps)
     if name in ("beta1", "beta2"):
         rule, outside = "stay in [0, 1)", ~((values >= 0.0) & (values < 1.0))
@@ -144,18 +148,33 @@ def check_schedule(name: str, schedule: Schedule) -> None:
     else:
         rule, outside = "stay finite", ~np.isfinite(values)
     if outside.any():
-        first = int(np.argmax(outside))
+        first = int(steps[outside].min())
+        end = f"end it before, as in join([schedule, constant(value)], [{first}])" if first else "use another one"
         raise ValueError(
-            f"a schedule for {name} must {rule} at every update, got {float(values[first])!r} at update "
-            f"{steps[first]}; end it before, as in join([schedule, constant(value)], [{steps[first]}])"
+            f"a schedule for {name} must {rule} at every update, got {schedule(first)!r} at update {first}; {end}"
         )
-    said = isinstance(schedule, LibrarySchedule) and schedule.warning() is not None  # when it was constructed
-    if name == "lr" and (values < 0.0).any() and not said:
-        first = int(np.argmax(values < 0.0))
+    negative = values < 0.0
+    if name != "lr" or not negative.any():
+        return
+    first = int(steps[negative].min())
+    if not (values > 0.0).any():
+        raise ValueError(
+            f"a schedule for lr must be above 0 at some update, got {schedule(first)!r} at update {first} and nothing "
+            "above 0; use schedule.scaled(-1.0), and maximize=True to ascend"
+        )
+    if not (isinstance(schedule, LibrarySchedule) and schedule.negative_rate()):
         warn_schedule(
-            f"the learning rate turns negative: {float(values[first])!r} at update {steps[first]}; the optimizer will "
-            "ascend from there"
+            f"the learning rate turns negative: {schedule(first)!r} at update {first}; the optimizer will ascend from "
+            "there"
         )
+
+
+def _probes(schedule: Schedule) -> npt.NDArray[np.int64]:
+    """Updates that show a schedule's range, in no order."""
+    own, end = landmarks.extremes(schedule.tree), schedule.held_from()
+    if end is None:
+        return np.concatenate([_PROBES, [*own]])
+    return np.concatenate([_PROBES[: np.searchsorted(_PROBES, end)], [*own, min(end, landmarks.LAST_STEP)]])
 
 
 def check_options(options: Mapping[str, Any]) -> None:

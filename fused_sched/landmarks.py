@@ -10,9 +10,13 @@ import math
 from collections.abc import Iterator
 from itertools import islice
 from math import inf
+from operator import itemgetter
 
 from .program import Clamp, Clock, Curve, Join, Product, Repeat, Sum, Tree
 from .reference_schedule import power
+
+#: Beyond it not every whole number is a double, and a schedule no longer steps.
+LAST_STEP = 2**53
 
 #: Turns of a wave that are looked at: its first crest and trough come before the third.
 _TURNS = 3
@@ -28,13 +32,13 @@ def held_from(tree: Tree) -> int | None:
 
 
 def extremes(tree: Tree, length: int | None = None) -> set[int]:
-    """Steps in [0, length) among which the largest value is; length None: there is no last step.
+    """Steps in [0, length) among which the largest and the smallest value are; length None: there is no last step.
 
     Of a product or a sum they are those of its children, of a wave its first turns.
     """
-    last = inf if length is None else length - 1
+    last = LAST_STEP if length is None else length - 1
     steps = set()
-    for t in filter(math.isfinite, _extremes(tree, 0.0, last)):
+    for t in filter(math.isfinite, _extremes(tree, 0.0, inf if length is None else last)):
         # A turn between two steps, or the end of a phase, which the step before it is the last of.
         steps |= {math.floor(t) - 1, math.floor(t), math.ceil(t)}
     return {int(min(max(step, 0), last)) for step in steps}
@@ -112,7 +116,7 @@ def _extremes(node: Tree, begin: float, end: float) -> Iterator[float]:
         yield end
     match node:
         case Curve():
-            yield from (t for t in _curve_extremes(node, begin) if begin <= t <= end)
+            yield from (t for t in _curve_extremes(node, begin, end) if begin <= t <= end)
         case Join():
             for child, origin, start, stop in _phases(node, begin, end):
                 yield from (t + origin for t in _extremes(child, start - origin, stop - origin))
@@ -127,7 +131,7 @@ def _extremes(node: Tree, begin: float, end: float) -> Iterator[float]:
             yield from _extremes(node.child, begin, end)
 
 
-def _curve_extremes(node: Curve, begin: float) -> Iterator[float]:
+def _curve_extremes(node: Curve, begin: float, end: float) -> Iterator[float]:
     yield node.origin
     if node.limit < inf:
         yield node.origin + node.limit
@@ -145,9 +149,9 @@ def _curve_extremes(node: Curve, begin: float) -> Iterator[float]:
         starts = (-inf, *node.table[:num_ends]) if node.curve == "levels" else range(len(values))
         times = [node.origin + start * node.divisor for start in starts]
         # One that began before is still there at `begin`.
-        here = [(abs(v), i) for i, (v, t) in enumerate(zip(values, times, strict=True)) if t > begin]
+        here = [(v, t) for v, t in zip(values, times, strict=True) if begin < t <= end]
         if here:
-            yield times[max(here, key=lambda pair: (pair[0], -pair[1]))[1]]
+            yield from (find(here, key=itemgetter(0))[1] for find in (max, min))
 
 
 def _repeat_extremes(node: Repeat, begin: float, end: float) -> Iterator[float]:

@@ -51,13 +51,19 @@ property_test = settings(deadline=None, max_examples=150)
 
 @property_test
 @given(trees)
-def test_the_largest_value_is_among_the_extremes(tree: Tree) -> None:
+def test_the_largest_and_the_smallest_value_are_among_the_extremes(tree: Tree) -> None:
     program = pack(tree)
     candidates = sorted(landmarks.extremes(tree, len(SHOWN)))
     assert set(candidates) <= set(SHOWN.tolist())
     # The crests of a wave differ by the rounding of t / length, t being 400 at most.
-    found, largest = (np.abs(evaluate(program, at)).max() for at in (candidates, SHOWN))
-    assert found >= largest * (1.0 - ROUNDING)
+    found, shown = evaluate(program, candidates), evaluate(program, SHOWN)
+    rounding = ROUNDING * np.abs(shown).max()
+    assert found.max() >= shown.max() - rounding
+    assert found.min() <= shown.min() + rounding
+
+
+def test_landmarks_beyond_all_whole_doubles_are_at_the_last_of_them() -> None:
+    assert landmarks.extremes(line(0.0, 1.0, 1e300, origin=1e300)) == {0, 2**53}
 
 
 @property_test

@@ -283,6 +283,7 @@ ODD = [
         "at the step to update 33, where",
     ),
     ("warmup_stable_decay", (10, 90), {"num_decay_steps": 5, "min_lr_ratio": -0.1}, "negative"),
+    ("warmup_stable_decay", (10, 90), {"num_decay_steps": 5, "num_cycles": 0.75}, "rises again inside the decay"),
 ]
 
 

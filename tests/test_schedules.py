@@ -50,7 +50,8 @@ CASES: list[tuple[str, Schedule, Formula, float, int | None]] = [
     ("constant", constant(0), lambda t: 0.0, 0.0, 0),
     ("linear", linear(1e-3, 1e-5, 70), lambda t: 1e-5 + (1e-3 - 1e-5) * max(0, 70 - t) / 70, 1e-3, 70),
     ("linear", linear(0.0, 0.1, 7), lambda t: 0.1 * min(t, 7) / 7, 0.1, 7),
-    ("linear", linear(-0.2, 0.1, 9), lambda t: -0.2 + 0.3 * min(t, 9) / 9, -0.2, 9),
+    ("linear", linear(-0.2, 0.1, 9), lambda t: -0.2 + 0.3 * min(t, 9) / 9, 0.1, 9),
+    ("linear", linear(-0.2, 0.0, 9), lambda t: -0.2 * max(0, 9 - t) / 9, -0.2, 9),
     ("linear", linear(0.4, 0.4, 3), lambda t: 0.4, 0.4, 0),
     ("cosine", cosine(0.5, 0.01, 64), lambda t: _half_cosine(0.5, 0.01, t / 64), 0.5, 64),
     ("cosine", cosine(0.0, 0.9, 33), lambda t: _half_cosine(0.0, 0.9, t / 33), 0.9, 33),
@@ -61,7 +62,7 @@ CASES: list[tuple[str, Schedule, Formula, float, int | None]] = [
     ("inverse_sqrt", inverse_sqrt(0.2, 12), lambda t: 0.2 * min((t + 1) / 12, math.sqrt(12 / (t + 1))), 0.2, None),
     ("step_decay", step_decay(0.8, 0.5, 49), lambda t: 0.8 * 0.5 ** (t // 49), 0.8, None),
     ("step_decay", step_decay(0.8, 0.0, 5), lambda t: 0.8 if t < 5 else 0.0, 0.8, 5),
-    ("table", table([0.0, 0.5, -0.7, 0.1]), lambda t: [0.0, 0.5, -0.7, 0.1][min(t, 3)], -0.7, 3),
+    ("table", table([0.0, 0.5, -0.7, 0.1]), lambda t: [0.0, 0.5, -0.7, 0.1][min(t, 3)], 0.5, 3),
     ("from_callable", from_callable(lambda t: 1 / (t + 1), 20), lambda t: 1 / (min(t, 19) + 1), 1.0, 19),
     (
         "join",
@@ -256,6 +257,7 @@ def test_phases_cut_short_do_not_count_their_peak() -> None:
     assert linear(0.0, 1.0, 100).repeat(20, times=2).reference == 0.2
     assert join([linear(1.0, 2.0, 10).shifted(20), constant(0.5)], [5]).reference == 1.0
     assert join([inverse_sqrt(1.0, 10), constant(0.1)], [5]).reference == 0.5
+    assert join([table([0.1, 0.3, 0.2, 0.9]), constant(0.1)], [3]).reference == 0.3
 
 
 # Documentation.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Steps = npt.NDArray[np.integer[Any]] | list[int] | tuple[int, ...] | range
 
-#: How far `reference` looks for a first non-zero value.
+#: How far `reference` looks for a first value that will do.
 _REFERENCE_SEARCH_STEPS = 1 << 16
 
 
@@ -108,9 +108,10 @@ class Schedule(ABC):
 
     @property
     def reference(self) -> float:
-        """The peak where there is one, else the first non-zero value: what `group["lr"]` starts as.
+        """The peak, the largest value above 0, where there is one: what `group["lr"]` starts as.
 
-        Of a product it is the largest value at any of its factors' peaks.
+        Of a product it is the largest value at any of its factors' peaks, or the first one above 0. Of a schedule that
+        is never above 0 it is the lowest value.
 
         >>> from fused_sched import schedules
         >>> schedules.warmup_cosine(1e-3, warmup_steps=10, total_steps=100).reference
@@ -121,12 +122,14 @@ class Schedule(ABC):
     @cached_property
     def _reference(self) -> float:
         candidates = self(sorted(landmarks.extremes(self.tree)))
-        peak = float(candidates[np.argmax(np.abs(candidates))])
-        if peak != 0.0:
-            return peak
+        positive = candidates[(candidates > 0.0) & np.isfinite(candidates)]
+        if positive.size:
+            return float(positive.max())
         values = self(np.arange(_REFERENCE_SEARCH_STEPS))
-        nonzero = values[values != 0.0]
-        return float(nonzero[0]) if nonzero.size else 0.0
+        positive = values[(values > 0.0) & np.isfinite(values)]
+        if positive.size:
+            return float(positive[0])
+        return float(min(candidates.min(), values.min()))
 
     @property
     def companions(self) -> dict[str, Schedule]:

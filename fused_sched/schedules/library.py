@@ -65,6 +65,10 @@ class LibrarySchedule(Schedule, abstract=True):
         """What the library does with these arguments that their owner may not expect, and what to do about it."""
         return None
 
+    def negative_rate(self) -> str | None:
+        """What turns the rate negative, and what to do about it; the optimizer then says no more of that."""
+        return None
+
     def failure(self) -> Failure | None:
         """What the library raises at the earliest, after the constructor."""
         return None
@@ -89,8 +93,8 @@ class LibrarySchedule(Schedule, abstract=True):
                 set_fields(self, **{field.name: _PLAIN[kind](self.word, field.name, got)})
 
     def warning(self) -> str | None:
-        """What the constructor warns of."""
-        odd, failure = self.oddity(), self.failure()
+        """What the constructor warns of: one thing, the gravest."""
+        odd, failure = self.negative_rate() or self.oddity(), self.failure()
         if odd is not None or failure is None:
             return odd
         return (

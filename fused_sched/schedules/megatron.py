@@ -184,11 +184,14 @@ class OptimizerParamScheduler(MegatronSchedule):
         unknown = f"{type(error[1]).__name__}, as {style}={getattr(self, style)!r} is unknown,"
         return Failure(update, unknown, "pass a style that it has")
 
+    def negative_rate(self) -> str | None:
+        if self.init_lr * self.lr_mult < 0.0 and self.lr_warmup_steps > 0:
+            return f"the rate is negative at first, as init_lr={self.init_lr!r} is; pass 0.0 or more"
+        return None
+
     def oddity(self) -> str | None:
         if self.failure() is not None:
             return None  # which is more than odd
-        if self.init_lr * self.lr_mult < 0.0 and self.lr_warmup_steps > 0:
-            return f"the rate is negative at first, as init_lr={self.init_lr!r} is; pass 0.0 or more"
         if self.lr_decay_style == "inverse-square-root" and self.lr_warmup_steps <= 0:
             return (
                 "without warm-up the inverse square root falls from max_lr at update 0 to max_lr / sqrt(increment) at "

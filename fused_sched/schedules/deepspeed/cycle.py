@@ -40,13 +40,17 @@ class LRRangeTest(DeepSpeedSchedule):
         self.check_count("lr_range_test_step_size")
         self.make_plain()
 
-    def oddity(self) -> str | None:
+    def negative_rate(self) -> str | None:
         low, rate = self.lr_range_test_min_lr, self.lr_range_test_step_rate
         if low < 0.0 or (low > 0.0 and rate < 0.0):
             return (
                 "the rate turns negative, got "
                 f"lr_range_test_min_lr={low!r} and lr_range_test_step_rate={rate!r}; make both positive"
             )
+        return None
+
+    def oddity(self) -> str | None:
+        low, rate = self.lr_range_test_min_lr, self.lr_range_test_step_rate
         if low * rate == 0.0:
             return (
                 f"the rate is {low!r} at every update, got lr_range_test_min_lr={low!r} and "
@@ -140,19 +144,22 @@ class OneCycle(DeepSpeedSchedule):
         first, second = self._halves
         return first + second
 
-    def oddity(self) -> str | None:
-        total = self._total
+    def negative_rate(self) -> str | None:
         if min(self.cycle_min_lr, self.cycle_max_lr) < 0.0:
             return (
                 f"the rate turns negative, got cycle_min_lr={self.cycle_min_lr!r} and "
                 f"cycle_max_lr={self.cycle_max_lr!r}; make both 0 or more"
             )
         if self.decay_lr_rate * self.decay_step_size < 0.0:
-            pole = total - self.decay_step_size / self.decay_lr_rate
+            pole = self._total - self.decay_step_size / self.decay_lr_rate
             return (
                 f"after the cycle the rate grows, without bound near update {pole:g}, and is negative from there, got "
                 f"decay_lr_rate={self.decay_lr_rate!r} and decay_step_size={self.decay_step_size!r}; make both positive"
             )
+        return None
+
+    def oddity(self) -> str | None:
+        total = self._total
         if self.cycle_momentum and (last := self._momentum_lasts()) < math.inf:
             return (
                 f"beta1 is outside [0, 1) after update {last:g}, got cycle_min_mom={self.cycle_min_mom!r}, "

@@ -45,6 +45,9 @@ class WarmupLR(DeepSpeedSchedule):
     def check(self) -> None:
         _check_warmup(self)
 
+    def negative_rate(self) -> str | None:
+        return _negative_rates(self.warmup_min_lr, _peak(self))
+
     def oddity(self) -> str | None:
         return _odd_rates(self.warmup_min_lr, _peak(self)) or _odd_warmup(self)
 
@@ -87,6 +90,9 @@ class WarmupDecayLR(DeepSpeedSchedule):
 
     def check(self) -> None:
         _check_warmup(self)
+
+    def negative_rate(self) -> str | None:
+        return _negative_rates(self.warmup_min_lr, _peak(self))
 
     def oddity(self) -> str | None:
         return _odd_rates(self.warmup_min_lr, _peak(self)) or _odd_total(self) or _odd_warmup(self)
@@ -136,6 +142,9 @@ class WarmupCosineLR(DeepSpeedSchedule):
         self.check_count("warmup_num_steps")
         self.make_plain()
         checks.number(self.word, "base_lr", self.base_lr, at_least=0.0)
+
+    def negative_rate(self) -> str | None:
+        return _negative_rates(self.base_lr * self.warmup_min_ratio, self.base_lr)
 
     def oddity(self) -> str | None:
         odd = _odd_rates(self.base_lr * self.warmup_min_ratio, self.base_lr) or _odd_total(self)
@@ -194,9 +203,13 @@ def _warmup(schedule: _WarmsUp, low: float, swing: float) -> tuple[Curve, float]
     return curve, steps + 1.0
 
 
+def _negative_rates(low: float, peak: float) -> str | None:
+    if min(low, peak) >= 0.0:
+        return None
+    return f"the rate turns negative: the warm-up goes from {low!r} to {peak!r}; make both 0 or more"
+
+
 def _odd_rates(low: float, peak: float) -> str | None:
-    if min(low, peak) < 0.0:
-        return f"the rate turns negative: the warm-up goes from {low!r} to {peak!r}; make both 0 or more"
     if peak == 0.0 and low == 0.0:
         return (
             "the rate is 0 at every update: the warm-up ends at the optimizer's rate, which another scheduler may have "

@@ -42,6 +42,10 @@ class TimmSchedule(LibrarySchedule, library="timm", abstract=True):
     def check_arguments(self) -> None:
         """Raise what timm's constructor raises, and give the fields their plain types."""
 
+    def negative_decay(self) -> str | None:
+        """What turns the decay negative, and what to do about it."""
+        return None
+
     def odd_decay(self) -> str | None:
         """What is odd about the decay, and what to do about it."""
         return None
@@ -102,12 +106,15 @@ class TimmSchedule(LibrarySchedule, library="timm", abstract=True):
                 f"{self.updates_per_epoch}; leave one of the two out"
             )
 
+    def negative_rate(self) -> str | None:
+        if self.warmup_t > 0 and self.warmup_lr_init < 0.0:
+            return f"the rate is negative at first, as warmup_lr_init={self.warmup_lr_init!r} is; pass 0.0 or more"
+        return self.negative_decay()
+
     def oddity(self) -> str | None:
         if self.failing() is not None:
             return None  # which is more than odd
         if self.warmup_t > 0:
-            if self.warmup_lr_init < 0.0:
-                return f"the rate is negative at first, as warmup_lr_init={self.warmup_lr_init!r} is; pass 0.0 or more"
             landing = evaluate_at(pack(self.decay()), float(self.warmup_t - self.decay_begin))
             if self.warmup_target - landing > _LARGE_FALL * self.warmup_target:
                 return (

@@ -75,11 +75,14 @@ class _CycleSchedule(TimmSchedule, abstract=True):
         """Of what timm takes the number of the cycle from."""
         return 1 - (t - self.decay_begin) / self.t_initial * (1 - self.cycle_mul) > 0
 
+    def negative_decay(self) -> str | None:
+        if self.cycle_decay < 0.0 and self.cycle_limit > 1:
+            return f"with cycle_decay={self.cycle_decay!r} every other cycle is negative; pass 0.0 or more"
+        return None
+
     def odd_decay(self) -> str | None:
         if self.cycle_limit <= 0:
             return f"cycle_limit={self.cycle_limit!r} leaves no cycle, only lr_min; pass 1 or more"
-        if self.cycle_decay < 0.0 and self.cycle_limit > 1:
-            return f"with cycle_decay={self.cycle_decay!r} every other cycle is negative; pass 0.0 or more"
         if self.t_initial == 1 and self.cycle_mul == 1.0:
             return f"t_initial=1 makes a cycle of its first value alone; pass the number of {self.unit}s to decay over"
         lowest_peak = self.base_lr * (self.cycle_decay ** (self.cycle_limit - 1) if self.cycle_decay < 1.0 else 1.0)

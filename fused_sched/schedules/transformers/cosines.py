@@ -215,10 +215,10 @@ class get_cosine_with_min_lr_schedule_with_warmup_lr_rate(WaveWithFloor):
     base_lr: float
     default_lr: float | None = None
 
-    def oddity(self) -> str | None:
+    def negative_rate(self) -> str | None:
         if self.warmup_lr_rate is not None and self.warmup_lr_rate < 0 < self.num_warmup_steps:
             return f"warmup_lr_rate={self.warmup_lr_rate}: the rate starts negative; use 0.0"
-        return super().oddity()
+        return None
 
     def factor(self) -> Tree:
         w = self.num_warmup_steps

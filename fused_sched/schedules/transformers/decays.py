@@ -139,6 +139,9 @@ class get_polynomial_decay_schedule_with_warmup(ReadsTheDefaultRate):
         rule = f"let num_training_steps exceed num_warmup_steps={self.num_warmup_steps}"
         return Failure(int(self._error_step), "ZeroDivisionError", f"{rule}, and power={self.power} be more than 0")
 
+    def negative_rate(self) -> str | None:
+        return f"the rate turns negative, down to lr_end={self.lr_end}; use 0.0" if self.lr_end < 0 else None
+
     def oddity(self) -> str | None:
         w, n = self.num_warmup_steps, self.num_training_steps
         if n < w:
@@ -146,7 +149,7 @@ class get_polynomial_decay_schedule_with_warmup(ReadsTheDefaultRate):
                 f"num_training_steps={n} lies inside num_warmup_steps={w}: the rate drops to lr_end={self.lr_end} "
                 "where the warm-up ends; num_training_steps counts the warm-up as well"
             )
-        return f"the rate turns negative, down to lr_end={self.lr_end}; use 0.0" if self.lr_end < 0 else None
+        return None
 
     def factor(self) -> Tree:
         w, n = self.num_warmup_steps, self.num_training_steps

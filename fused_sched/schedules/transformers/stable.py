@@ -26,7 +26,8 @@ class get_wsd_schedule(TransformersSchedule):
     num_cycles: waves of a cosine decay; 0.5 is one descent. base_lr: the group's rate.
     Raises ValueError for neither of num_training_steps and num_stable_steps or an unknown type; TypeError or
     ValueError for anything but finite numbers. Warns for both of them (num_stable_steps is used), for W + D beyond
-    num_training_steps (the decay is jumped into), for D <= 0, for a negative r, and where a W that is not whole makes
+    num_training_steps (the decay is jumped into), for D <= 0, for a negative r, for a cosine of more than one
+    descent, and where a W that is not whole makes
     the library take the root of a negative number: the value before is then held.
 
     >>> s = get_wsd_schedule(4, 4, num_training_steps=16, decay_type="linear", base_lr=1.0)
@@ -80,6 +81,9 @@ class get_wsd_schedule(TransformersSchedule):
             return None
         return Failure(self._error_step, "ValueError", f"let num_warmup_steps={self.num_warmup_steps} be whole")
 
+    def negative_rate(self) -> str | None:
+        return f"min_lr_ratio={self.min_lr_ratio}: the rate ends negative; use 0.0" if self.min_lr_ratio < 0 else None
+
     def oddity(self) -> str | None:
         if self.num_training_steps is not None and self.num_stable_steps is not None:
             return (
@@ -94,7 +98,9 @@ class get_wsd_schedule(TransformersSchedule):
             )
         if self.num_decay_steps <= 0:
             return f"num_decay_steps={self.num_decay_steps}: the rate drops to its floor at once; use 1 or more"
-        return f"min_lr_ratio={self.min_lr_ratio}: the rate ends negative; use 0.0" if self.min_lr_ratio < 0 else None
+        if self.decay_type == "cosine" and abs(self.num_cycles) > 0.5 and self.min_lr_ratio != 1:
+            return f"num_cycles={self.num_cycles}: the rate rises again inside the decay; use 0.5 for one descent"
+        return None
 
     def factor(self) -> Tree:
         w, s, d = self.num_warmup_steps, self._stable_steps, self.num_decay_steps
