@@ -275,12 +275,23 @@ def test_repr_and_dict_rebuild_the_schedule(name: str, params: Params) -> None:
     assert schedules.Schedule.from_dict(schedule.to_dict()) == schedule
 
 
-def test_equal_groups_share_one_schedule_and_one_warning() -> None:
+def test_equal_groups_share_one_schedule_and_all_groups_a_warning() -> None:
+    for _ in range(2):  # each call says it
+        with pytest.warns(ScheduleWarning) as caught:
+            first, second, third = schedules.deepspeed.WarmupLR.per_group([0.1, 0.2, 0.1], warmup_num_steps=1)
+        assert first is third
+        assert second.base_lr == 0.2
+        assert [w.filename for w in caught] == [__file__]
     with pytest.warns(ScheduleWarning) as caught:
-        first, second, third = schedules.deepspeed.WarmupLR.per_group([0.1, 0.2, 0.1], warmup_num_steps=1)
-    assert first is third
-    assert second.base_lr == 0.2
+        schedules.deepspeed.WarmupLR.per_group([0.1, 0.2], warmup_max_lr=None, warmup_min_lr=[0.3, 0.4])
     assert len(caught) == 2
+
+
+def test_true_counts_as_one_step() -> None:
+    rise = schedules.deepspeed.LRRangeTest(lr_range_test_step_size=True)
+    assert repr(rise) == "deepspeed.LRRangeTest(lr_range_test_step_size=1)"
+    with pytest.warns(ScheduleWarning, match="warmup_num_steps=1 is taken for 2"):
+        schedules.deepspeed.WarmupCosineLR(100, warmup_num_steps=True, base_lr=0.1)
 
 
 # The engine.

@@ -189,7 +189,7 @@ def test_a_composition_later_fails_at_its_milestone(composition: str) -> None:
 
 
 @examples(60)
-@given(st.lists(FACTORS, min_size=1, max_size=3), st.integers(0, 3), st.integers(UPDATES - 1, 1000), rates)
+@given(st.lists(FACTORS, min_size=1, max_size=3), st.integers(0, 3), st.integers(1, 2 * UPDATES), rates)
 def test_products_with_a_cosine(children: list[Config], at: int, T_max: int, lr: float) -> None:
     children.insert(at, ("CosineAnnealingLR", {"T_max": T_max}))
     assert_same_as_torch(("ChainedScheduler", {"schedulers": children}), lr)
@@ -204,15 +204,33 @@ def test_a_cosine_that_begins_anew_when_the_others_have_ended(T_max: int, at: in
     assert_same_as_torch(("ChainedScheduler", {"schedulers": children}), 0.1)
 
 
-def test_a_cosine_that_begins_anew_while_others_go_on_stays_at_zero() -> None:
-    children = [("CosineAnnealingLR", {"T_max": 20}), ("ExponentialLR", {"gamma": 0.9})]
-    chain = ("ChainedScheduler", {"schedulers": children})
-    live = run(build(chain, optimizer()), 21)
-    parts = [quietly(ours, child, 0.1, 1) for child in children]
-    with pytest.warns(ScheduleWarning, match="from update 21 on torch adds .* stays at 0; train for 20 updates"):
-        schedule = schedules.torch.ChainedScheduler(parts)
-    assert_same(schedule, live, 21)
-    assert schedule([20, 21, 1000]).tolist() == [0.0, 0.0, 0.0]
+@pytest.mark.parametrize("cosine_is_first", [True, False])
+@pytest.mark.parametrize(
+    ("T_max", "others"),
+    [
+        (53, [("StepLR", {"step_size": 77})]),
+        (219, [("ExponentialLR", {"gamma": 0.99})]),
+        (50, [("StepLR", {"step_size": 7, "gamma": 0.0})]),
+        (50, [("MultiStepLR", {"milestones": [9, 51, 51, 151, 700], "gamma": 0.0})]),
+        (50, [("ConstantLR", {"factor": 0.25, "total_iters": 151})]),
+        (50, [("ConstantLR", {"factor": 0.0, "total_iters": 301})]),
+        (25, [("LinearLR", {"start_factor": 0.1, "end_factor": 0.0, "total_iters": 501})]),
+        (10, [("PolynomialLR", {"total_iters": 333.5, "power": 0.5}), ("StepLR", {"step_size": 4, "gamma": -0.5})]),
+        (30, [("MultiplicativeLR", {"lr_lambda": lambda t: 0.0 if t % 100 == 91 else 0.98})]),
+    ],
+)
+def test_a_cosine_that_begins_anew_while_others_go_on(T_max: int, others: list[Config], cosine_is_first: bool) -> None:
+    cosine = ("CosineAnnealingLR", {"T_max": T_max})
+    chain = ("ChainedScheduler", {"schedulers": [cosine, *others] if cosine_is_first else [*others, cosine]})
+    assert_same(quietly(ours, chain, 0.1, 1000), run(build(chain, optimizer()), 1000), 1000)
+
+
+def test_a_cosine_that_begins_anew_while_others_go_on_is_said() -> None:
+    parts = [
+        quietly(ours, child, 0.1, 1) for child in (("CosineAnnealingLR", {"T_max": 20}), ("StepLR", {"step_size": 9}))
+    ]
+    with pytest.warns(ScheduleWarning, match="from update 21 on torch begins the cosine anew .* train for 20 updates"):
+        schedules.torch.ChainedScheduler(parts)
 
 
 def test_chains_in_a_chain_are_one() -> None:

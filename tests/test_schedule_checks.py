@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -114,3 +115,23 @@ def test_an_endless_growth_is_looked_at_until_probes_end() -> None:
     FusedScheduledAdam([param()], lr=slow)
     with pytest.raises(ValueError, match=f"got inf at update {2**40 - 1}"):
         FusedScheduledAdam([param()], lr=schedules.exponential(0.1, 1.0 + 7e-10))
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "ratio"),
+    [
+        ("StepLRScheduler", 3, 2.0),
+        ("StepLRScheduler", 3, -2.0),
+        ("StepLRScheduler", -3, 0.5),
+        ("MultiStepLRScheduler", range(2000), 2.0),
+        ("MultiStepLRScheduler", range(2000), -2.0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::fused_sched.ScheduleWarning")
+def test_growing_stairs_of_timm_end_at_the_largest_double(name: str, length: object, ratio: float) -> None:
+    """timm ends in an OverflowError."""
+    stairs = getattr(schedules.timm, name)(length, ratio, t_in_epochs=False, base_lr=0.1)
+    FusedScheduledAdam([param()], lr=stairs)
+    assert (np.abs(stairs([10**4, 2**40, 2**40 + 3])) == sys.float_info.max).all()
+    stairs_until_8 = {"StepLRScheduler": 8 // 3 if length == 3 else 3, "MultiStepLRScheduler": 10}[name]
+    assert abs(stairs(8)) == pytest.approx(0.1 * 2.0**stairs_until_8, rel=1e-15)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from live_torch import Config, quietly
+from live_torch import Config, build, optimizer, quietly, run
 from torch.optim import lr_scheduler
 
 from fused_sched import schedules
@@ -15,6 +15,7 @@ from fused_sched._warnings import ScheduleWarning
 
 T = schedules.torch
 STEP_OURS = T.StepLR(3, base_lr=0.1)
+COSINE = quietly(T.CosineAnnealingLR, 4, base_lr=0.1)
 TABLE = T.LambdaLR([1.0, 0.5], base_lr=0.1)
 
 
@@ -44,6 +45,15 @@ def test_growth_ends_at_the_largest_double(config: Config) -> None:
         (lambda: T.ChainedScheduler([TABLE, STEP_OURS]), "torch.LambdaLR.* which sets the rate; .*from_callable"),
         (lambda: T.ChainedScheduler([STEP_OURS, T.StepLR(3, base_lr=0.2)]), r"same base_lr, got \[0.1, 0.2\]"),
         (lambda: T.ChainedScheduler([]), "at least one schedule"),
+        (lambda: T.ChainedScheduler([COSINE, COSINE]), "at most one CosineAnnealingLR, got 2, .*from_callable"),
+        (
+            lambda: T.ChainedScheduler([COSINE, T.LinearLR(total_iters=2**24, base_lr=0.1)]),
+            "T_max=4 must fit into a table, got 2097152 changes of the rate, more than 1048576, .*from_callable",
+        ),
+        (
+            lambda: T.ChainedScheduler([COSINE, T.PolynomialLR(6, 900.0, base_lr=0.1)]),
+            "a factor that has no digits left where the cosine begins anew; .*from_callable",
+        ),
         (lambda: T.SequentialLR([], []), "at least one schedule"),
         (lambda: T.SequentialLR([STEP_OURS], [3]), "one fewer than schedulers, got 1 for 1"),
         (lambda: T.SequentialLR([STEP_OURS] * 3, [5, 3]), r"in order, got \[5, 3\]"),
@@ -101,6 +111,14 @@ def test_refused(function: Any, message: str) -> None:
 def test_refused_types(function: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         function()
+
+
+@pytest.mark.parametrize("condition", [lambda t: t < 2, lambda t: np.bool_(t < 2)])
+def test_a_condition_is_a_factor(condition: Any) -> None:
+    live = run(build(("LambdaLR", {"lr_lambda": condition}), optimizer(0.1)), 4)
+    schedule = T.LambdaLR(condition, num_steps=4, base_lr=0.1)
+    assert schedule(range(4)).tolist() == live.rates == [0.1, 0.1, 0.0, 0.0]
+    assert schedule == T.LambdaLR([1.0, 1.0, 0.0, 0.0], base_lr=0.1)
 
 
 def test_bounds_kept_in_the_group_are_overwritten() -> None:

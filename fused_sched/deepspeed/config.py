@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 
 from .. import schedules
+from .._warnings import each_said_once
 from ..optimizer import FusedScheduledAdam
 from ..schedules import Schedule
 from ..schedules.deepspeed import DeepSpeedSchedule
@@ -277,7 +278,8 @@ def schedules_of(section: Mapping[str, Any], base_lrs: Sequence[float | None]) -
             raise ValueError(f"scheduler.params.{key} is missing, without which {cls.word} cannot be built; add it")
     if issubclass(cls, DeepSpeedSchedule):
         return list(cls.per_group(base_lrs, **params))  # type: ignore[arg-type]  # None: the class says what it lacks
-    return _torch_schedules(cls, base_lrs, params)
+    with each_said_once():
+        return _torch_schedules(cls, base_lrs, params)
 
 
 def _torch_schedules(

@@ -6,6 +6,7 @@ on the order of operations.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from math import inf, nextafter
 
@@ -30,6 +31,21 @@ def falling(start: float, end: float, steps: float, origin: float = 0.0, power: 
 def half_cosine(start: float, end: float, steps: float, origin: float = 0.0, turns: float = 1.0) -> Curve:
     """`end + (start - end) * (1 + cos(pi * turns * (t - origin) / steps)) / 2`, without an end."""
     return Curve("cosine", origin=origin, divisor=steps, p=turns, offset=end, scale=start - end)
+
+
+def bounded(value: float) -> float:
+    """The nearest finite double: an optimizer refuses a schedule that is ever infinite, however late."""
+    return max(-sys.float_info.max, min(sys.float_info.max, value))
+
+
+def geometric(start: float, ratio: float, steps: float | None = None) -> Curve:
+    """`start * ratio^t`, or on stairs of `steps` updates. Growth ends at the largest double, as for `bounded`."""
+    if start == 0.0:
+        return flat(0.0)
+    divisor, stairs = (1.0, 0.0) if steps is None else (float(steps), 1.0)
+    decays = abs(ratio) <= 1.0 if divisor > 0.0 else abs(ratio) >= 1.0
+    low, high = (-inf, inf) if decays else (-sys.float_info.max, sys.float_info.max)
+    return Curve("exponential", divisor=divisor, stairs=stairs, p=ratio, scale=start, low=low, high=high)
 
 
 def held(tree: Tree, step: float) -> Curve:

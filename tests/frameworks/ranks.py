@@ -64,12 +64,11 @@ def start(command: list[str], world_size: int, folder: Path, timeout: float = 30
     """Run a command as `world_size` ranks; what each printed. Raises if one fails."""
     port = free_port()
     logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
-    processes = [
-        subprocess.Popen(
-            command, env=environment(rank, world_size, port), stdout=log.open("w"), stderr=subprocess.STDOUT, cwd=folder
-        )
-        for rank, log in enumerate(logs)
-    ]
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as output:
+            own = environment(rank, world_size, port)
+            processes.append(subprocess.Popen(command, env=own, stdout=output, stderr=subprocess.STDOUT, cwd=folder))
     deadline = time.monotonic() + timeout
     codes: list[int | None] = [None] * world_size
     try:
@@ -80,6 +79,7 @@ def start(command: list[str], world_size: int, folder: Path, timeout: float = 30
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     printed = [log.read_text() for log in logs]
     if any(code != 0 for code in codes):
         tails = "\n".join(

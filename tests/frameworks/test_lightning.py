@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.optim.lr_scheduler import LambdaLR
 
+import fused_sched.integrations.lightning
 from fused_sched import FusedScheduledAdam, schedules
 from fused_sched.integrations.lightning import FusedLearningRateMonitor
 
@@ -20,11 +22,9 @@ RATE = schedules.linear(0.05, 0.0, 20)
 BATCHES, EPOCHS = 4, 2
 
 pytestmark = [
-    # Lightning's advice about workers, and what it imports.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
+    # Lightning's advice about data loaders and folders, and deprecations of what it imports.
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("error::fused_sched.ScheduleWarning"),
 ]
 
 
@@ -81,6 +81,10 @@ def assert_close(a: torch.nn.Module, b: torch.nn.Module) -> None:
     for actual, expected in zip(a.parameters(), b.parameters(), strict=True):
         # Two orders of the same float32 operations, of weights below 1.
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+def test_the_monitors_example_runs() -> None:
+    assert doctest.testmod(fused_sched.integrations.lightning) == (0, 2)
 
 
 def test_every_batch_is_an_update_whatever_the_interval(tmp_path: Path) -> None:

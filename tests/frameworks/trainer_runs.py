@@ -10,7 +10,6 @@ import os
 from typing import Any
 
 import engines  # before transformers: DeepSpeed without its compiler
-import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -147,8 +146,12 @@ def trainer_under_deepspeed() -> None:
 def trainer_refuses_the_optimizer_that_deepspeed_builds() -> None:
     config = {**copy.deepcopy(ZERO2), "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}}
     with engines.shared_folder() as folder:
-        with pytest.raises(RuntimeError, match='"optimizer"'):
+        message = ""
+        try:
             trained(FusedTrainer, folder, deepspeed=config)
+        except RuntimeError as error:
+            message = str(error)
+        assert 'remove the sections "optimizer"' in message, message
         dist.barrier()
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
 
+from ..._warnings import each_said_once
+from ..base import set_fields
 from ..library import LibrarySchedule
 
 
@@ -42,15 +44,17 @@ class DeepSpeedSchedule(LibrarySchedule, library="deepspeed", abstract=True):
             for group, own in enumerate(arguments):
                 own[name] = value[group] if is_list else value
         made: list[DeepSpeedSchedule] = []
-        for group, own in enumerate(arguments):
-            twin = arguments.index(own)
-            made.append(made[twin] if twin < group else cls(**own))  # what is odd about it is said once
+        with each_said_once():
+            for group, own in enumerate(arguments):
+                twin = arguments.index(own)
+                made.append(made[twin] if twin < group else cls(**own))
         return made
 
     def check_count(self, name: str) -> None:
-        """The named field is what DeepSpeed takes for a number of steps."""
+        """The named field is what DeepSpeed takes for a number of steps, and becomes one."""
         got = getattr(self, name)
         if not isinstance(got, int) or got <= 0:
             raise ValueError(
                 f"{self.word}: {name} must be a positive int, got {got!r}; count in updates, with int(...)"
             )
+        set_fields(self, **{name: int(got)})  # True counts as 1

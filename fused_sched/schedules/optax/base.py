@@ -21,6 +21,14 @@ _LONGEST_TABLE = 1 << 20
 class OptaxSchedule(LibrarySchedule, library="optax", abstract=True):
     """A schedule of optax."""
 
+    def negative_rate(self) -> str | None:
+        steps = sorted(landmarks.extremes(self.tree))
+        values = self(steps)
+        low = int(np.argmin(values))
+        if values[low] >= 0.0 or not np.isfinite(values).all():  # the latter is said by itself
+            return None
+        return f"the rate turns negative, down to {float(values[low])!r} at update {steps[low]}; keep it at 0.0 or more"
+
 
 def joined(children: Sequence[Tree], boundaries: Sequence[float]) -> Tree:
     """join_schedules: of all boundaries that t has reached, the last in the list decides, whatever their order.

@@ -51,6 +51,9 @@ class join_schedules(OptaxSchedule):
         if not self.schedules:
             raise IndexError(f"{self.word}: schedules must have at least one entry, got none; use constant_schedule")
 
+    def negative_rate(self) -> str | None:
+        return None  # as its parts have said, if they are not cut short before
+
     def oddity(self) -> str | None:
         if len(self.boundaries) != len(self.schedules) - 1:
             return (
@@ -97,6 +100,9 @@ class sgdr_schedule(OptaxSchedule):
             )
         set_fields(self, cosine_kwargs=cycles)
         _ = self.tree  # refuses what is too long for a table
+
+    def negative_rate(self) -> str | None:
+        return None  # as its cycles have said
 
     def lower(self) -> Tree:
         cycles: Any = self.cosine_kwargs

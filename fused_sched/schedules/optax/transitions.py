@@ -151,6 +151,9 @@ class exponential_decay(OptaxSchedule):
         begin, end = self.transition_begin, self.end_value
         return self.init_value, self.transition_steps, self.decay_rate, begin, self.staircase, end
 
+    def negative_rate(self) -> str | None:
+        return negative_decay(*self._decay) or super().negative_rate()
+
     def oddity(self) -> str | None:
         return odd_decay(*self._decay)
 
@@ -201,6 +204,16 @@ def odd_transition(steps: float, begin: float, stays: float) -> str | None:
     return None
 
 
+def negative_decay(
+    start: float, steps: float, rate: float, begin: float, staircase: bool, end: float | None
+) -> str | None:
+    """What turns an exponential decay negative."""
+    if rate >= 0 or steps <= 0:
+        return None
+    between = "" if staircase or steps == 1 else ", and is not a number in between"
+    return f"decay_rate={rate}: the rate changes its sign every {steps} updates{between}; use a positive one"
+
+
 def odd_decay(start: float, steps: float, rate: float, begin: float, staircase: bool, end: float | None) -> str | None:
     """What is odd about an exponential decay."""
     if rate == 0:
@@ -208,9 +221,6 @@ def odd_decay(start: float, steps: float, rate: float, begin: float, staircase: 
     odd = odd_transition(steps, begin, start)
     if odd is not None:
         return odd
-    if rate < 0:
-        between = "" if staircase or steps == 1 else ", and is not a number in between"
-        return f"decay_rate={rate}: the rate changes its sign every {steps} updates{between}; use a positive one"
     if end is not None and (start < end if rate < 1 else start > end):
         return (
             f"end_value={end} is a bound that the rate {start} is past from the start, with decay_rate={rate}: it "

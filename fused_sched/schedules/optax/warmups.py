@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...program import Tree
 from .base import OptaxSchedule, joined
-from .transitions import Decay, cosine, exponential, odd_decay, odd_exponent, polynomial
+from .transitions import Decay, cosine, exponential, negative_decay, odd_decay, odd_exponent, polynomial
 
 
 @dataclass(frozen=True, repr=False)
@@ -114,6 +114,9 @@ class warmup_exponential_decay_schedule(OptaxSchedule):
     def _decay(self) -> Decay:
         begin, end = self.transition_begin, self.end_value
         return self.peak_value, self.transition_steps, self.decay_rate, begin, self.staircase, end
+
+    def negative_rate(self) -> str | None:
+        return negative_decay(*self._decay) or super().negative_rate()
 
     def oddity(self) -> str | None:
         if self.warmup_steps < 0:

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 from math import floor
 
-from ...program import Curve, Tree
+from ...program import Tree
+from ...reference_schedule import power
 from .. import checks
 from ..base import set_fields
-from ..nodes import levels
+from ..nodes import bounded, geometric, levels
 from .base import TimmSchedule, floor_divisor
 
 
@@ -78,8 +79,7 @@ class StepLRScheduler(_Staircase):
         return super().odd_decay()
 
     def decay(self) -> Tree:
-        divisor = floor_divisor(self.decay_t or 1)
-        return Curve("exponential", divisor=divisor, stairs=1.0, p=self.decay_rate, scale=self.base_lr)
+        return geometric(self.base_lr, self.decay_rate, floor_divisor(self.decay_t or 1))
 
 
 @dataclass(frozen=True, repr=False)
@@ -129,4 +129,5 @@ class MultiStepLRScheduler(_Staircase):
     def decay(self) -> Tree:
         ends = sorted(set(self.decay_t))
         passed = [0, *(bisect_right(self.decay_t, end) for end in ends)]
-        return levels([self.base_lr * self.decay_rate**n for n in passed], [end - 1 for end in ends])
+        values = [bounded(self.base_lr * power(self.decay_rate, n)) if self.base_lr else 0.0 for n in passed]
+        return levels(values, [end - 1 for end in ends])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from abc import abstractmethod
 
-from ...program import Curve, Tree
+from ...program import Tree
 from ..library import Failure, LibrarySchedule
-from ..nodes import flat
+from .restarts import Restarts
 
 #: The way out for what torch runs and these classes do not express.
 ELSE_TABULATE = "tabulate its rates with schedules.from_callable(function, num_steps)"
@@ -50,23 +49,11 @@ class Chainable(TorchSchedule, abstract=True):
     def lower(self) -> Tree:
         return self.lower_from(self.base_lr)
 
+    def lower_factors(self, restarts: Restarts) -> Tree:
+        """The product of what torch multiplies the rate with since the latest restart."""
+        return restarts.of_curve(self.lower_from(1.0))
+
 
 def is_reached(epoch: float, *, first: int = 1) -> bool:
     """Does the epoch, counted up from `first` by ones, ever equal this number?"""
     return epoch >= first and float(epoch).is_integer()
-
-
-def bounded(value: float) -> float:
-    """The nearest finite double: an optimizer refuses a schedule that is ever infinite, however late."""
-    return max(-sys.float_info.max, min(sys.float_info.max, value))
-
-
-def geometric(start: float, gamma: float, steps: float | None = None) -> Curve:
-    """`start * gamma^t`, or on stairs of `steps` updates. Growth ends at the largest double, as for `bounded`."""
-    if start == 0.0:
-        return flat(0.0)
-    largest = sys.float_info.max
-    divisor, stairs = (1.0, 0.0) if steps is None else (float(steps), 1.0)
-    if abs(gamma) <= 1.0:
-        return Curve("exponential", divisor=divisor, stairs=stairs, p=gamma, scale=start)
-    return Curve("exponential", divisor=divisor, stairs=stairs, p=gamma, scale=start, low=-largest, high=largest)

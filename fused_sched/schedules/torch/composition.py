@@ -24,6 +24,7 @@ from .base import ELSE_TABULATE, Chainable, TorchSchedule, is_reached
 from .cycles import CosineAnnealingLR, CyclicLR
 from .functions import MultiplicativeLR
 from .one_cycle import OneCycleLR
+from .restarts import Restarts
 
 
 class _Phase(NamedTuple):
@@ -196,9 +197,9 @@ class ChainedScheduler(TorchSchedule):
     schedulers: StepLR, MultiStepLR, ConstantLR, LinearLR, ExponentialLR, PolynomialLR, MultiplicativeLR, and
         CosineAnnealingLR with eta_min = 0, all with the same base_lr; or a single schedule of any kind.
     Raises TypeError or ValueError for what torch refuses, and ValueError for what it does not run as a product: others
-    set the rate and undo what came before them.
-    At T_max a CosineAnnealingLR starts anew from base_lr: by itself where the others are at their end, else the rate
-    stays at 0 here.
+    set the rate and undo what came before them, as a second cosine does.
+    After T_max a CosineAnnealingLR begins anew, `f(t) = base_lr * (1 + cos(pi * t / T_max)) / 2` times what the others
+    multiply from there on; what they have multiplied before is gone, here as in torch.
 
     >>> from fused_sched.schedules.torch import ExponentialLR, StepLR
     >>> ChainedScheduler([StepLR(2, 0.5, base_lr=0.8), ExponentialLR(0.5, base_lr=0.8)])([0, 1, 2, 3]).tolist()
@@ -223,12 +224,18 @@ class ChainedScheduler(TorchSchedule):
                     f"PolynomialLR, MultiplicativeLR and CosineAnnealingLR with eta_min=0, got {child!r}, which sets "
                     f"the rate; {ELSE_TABULATE}"
                 )
+        if len(self._cosines) > 1:
+            raise ValueError(
+                f"{self.word}: schedulers must have at most one CosineAnnealingLR, got {len(self._cosines)}, each of "
+                f"which begins anew from base_lr after its own T_max; {ELSE_TABULATE}"
+            )
         rates = {child.base_lr for child in self._factors}
         if len(rates) > 1:
             raise ValueError(
                 f"{self.word}: all schedulers must have the same base_lr, got {sorted(rates)}; torch has one "
                 "initial_lr per group"
             )
+        _ = self.tree  # refuses what is too long for a table
 
     @property
     def _factors(self) -> tuple[Chainable | CosineAnnealingLR, ...]:
@@ -256,31 +263,19 @@ class ChainedScheduler(TorchSchedule):
         return Failure(0, "NotImplementedError", "begin the SequentialLR with it")
 
     def oddity(self) -> str | None:
-        if not self._cosines or self._others_end_in_time:
-            return None
-        steps = self._cosine_steps
-        return (
-            f"from update {steps + 1} on torch adds to the rate instead of multiplying it, and this schedule stays at "
-            f"0; train for {steps} updates, or {ELSE_TABULATE}"
-        )
+        for cosine in self._cosines:
+            ends = [landmarks.held_from(c.lower_from(1.0)) for c in self._factors if isinstance(c, Chainable)]
+            if any(end is None or end > cosine.T_max for end in ends):
+                return (
+                    f"from update {cosine.T_max + 1} on torch begins the cosine anew from base_lr, whatever the others "
+                    f"have multiplied before; train for {cosine.T_max} updates"
+                )
+        return None
 
     @property
     def _cosines(self) -> list[CosineAnnealingLR]:
         """Of a product; one cosine by itself is no product."""
         return [c for c in self.schedulers if isinstance(c, CosineAnnealingLR)] if len(self.schedulers) > 1 else []
-
-    @property
-    def _cosine_steps(self) -> int:
-        """The update at which a cosine is at 0, from where torch begins it anew."""
-        return min(child.T_max for child in self._cosines)
-
-    @property
-    def _others_end_in_time(self) -> bool:
-        """Is there nothing left to multiply the cosine with when it begins anew?"""
-        if len(self._cosines) > 1:
-            return False
-        ends = [landmarks.held_from(c.lower_from(1.0)) for c in self._factors if isinstance(c, Chainable)]
-        return all(end is not None and end <= self._cosine_steps for end in ends)
 
     def lower(self) -> Tree:
         if len(self.schedulers) == 1:
@@ -288,14 +283,24 @@ class ChainedScheduler(TorchSchedule):
         factors = self._factors
         base = factors[0].base_lr
         tree: Tree = Product(tuple(c.lower_from(base if i == 0 else 1.0) for i, c in enumerate(factors)))
-        if self._cosines:
-            steps = self._cosine_steps
-            anew = half_cosine(base, 0.0, steps) if self._others_end_in_time else flat(0.0)
-            tree = phases([tree, anew], [after(steps)])
+        for cosine in self._cosines:
+            tree = phases([tree, self._lower_anew(cosine)], [after(cosine.T_max)])
         failure = self.failure()
         if failure is not None:
             tree = until(tree, failure.update)
         return tree
+
+    def _lower_anew(self, cosine: CosineAnnealingLR) -> Tree:
+        """What torch runs after the cosine's first end."""
+        steps, place = int(cosine.T_max), self._factors.index(cosine)
+        factors = [
+            child.lower_factors(Restarts(steps + 1, 2 * steps, keeps_own=i > place))
+            for i, child in enumerate(self._factors)
+            if isinstance(child, Chainable)
+        ]
+        wave = half_cosine(cosine.base_lr, 0.0, steps)
+        lasting = [factor for factor in factors if factor != flat(1.0)]
+        return Product((wave, *lasting)) if lasting else wave
 
     def lower_companions(self) -> dict[str, Tree]:
         only = self.schedulers[0]

@@ -7,8 +7,8 @@ from dataclasses import KW_ONLY, dataclass
 
 from ...program import Clamp, Product, Repeat, Tree
 from ..library import Failure
-from ..nodes import falling, flat, half_cosine, line, phases
-from .base import ELSE_TABULATE, TorchSchedule, geometric
+from ..nodes import falling, flat, geometric, half_cosine, line, phases
+from .base import ELSE_TABULATE, TorchSchedule
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,14 +10,16 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, replace
 from fractions import Fraction
-from math import floor
+from math import floor, lcm
 
 from ...program import Tree
+from ...reference_schedule import power
 from .. import checks
 from ..base import set_fields
 from ..library import Failure
-from ..nodes import falling, flat, levels, line
-from .base import Chainable, bounded, geometric, is_reached
+from ..nodes import bounded, falling, flat, geometric, levels, line
+from .base import Chainable, is_reached
+from .restarts import Restarts
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,6 +68,12 @@ class StepLR(Chainable):
             return flat(base_lr)
         return geometric(base_lr, self.gamma, self._stair_steps)
 
+    def lower_factors(self, restarts: Restarts) -> Tree:
+        if self.step_size == 0 or self.gamma == 1.0:
+            return flat(1.0)
+        steps = self._stair_steps
+        return restarts.of_equal_stairs(self.gamma, steps, period=lcm(steps, restarts.every))
+
 
 @dataclass(frozen=True, repr=False)
 class MultiStepLR(Chainable):
@@ -109,8 +117,15 @@ class MultiStepLR(Chainable):
     def lower_restarted(self) -> Tree:
         return self._stairs(self.base_lr, bisect_right(sorted(self.milestones), 0))  # the closed form at epoch 0
 
+    def lower_factors(self, restarts: Restarts) -> Tree:
+        return restarts.of_stairs({int(m): bounded(power(self.gamma, n)) for m, n in self._counts.items()})
+
+    @property
+    def _counts(self) -> Counter[float]:
+        return Counter(m for m in self.milestones if is_reached(m))
+
     def _stairs(self, base_lr: float, count_at_zero: int) -> Tree:
-        counts = Counter(m for m in self.milestones if is_reached(m))
+        counts = self._counts
         values = [base_lr * self.gamma**count_at_zero]
         for milestone in sorted(counts):
             values.append(bounded(values[-1] * self.gamma ** counts[milestone]))
@@ -158,6 +173,10 @@ class ConstantLR(Chainable):
         if self.factor == 0.0 or not is_reached(self.total_iters):
             return flat(low)
         return levels([low, bounded(low * (1.0 / self.factor))], [self.total_iters])
+
+    def lower_factors(self, restarts: Restarts) -> Tree:
+        ends = self.factor != 0.0 and is_reached(self.total_iters)
+        return restarts.of_stairs({int(self.total_iters): bounded(1.0 / self.factor)} if ends else {})
 
     def lower_restarted(self) -> Tree:
         return flat(self.base_lr) if self.total_iters <= 0 else self.lower()
@@ -237,6 +256,9 @@ class ExponentialLR(Chainable):
 
     def lower_from(self, base_lr: float) -> Tree:
         return geometric(base_lr, self.gamma)
+
+    def lower_factors(self, restarts: Restarts) -> Tree:
+        return flat(1.0) if self.gamma == 1.0 else restarts.of_power(self.gamma)
 
 
 @dataclass(frozen=True, repr=False)

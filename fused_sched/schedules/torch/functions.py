@@ -9,10 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from itertools import accumulate
 
+import numpy as np
+
 from ...program import Curve, Tree
 from .. import checks
 from ..base import set_fields
-from .base import Chainable, TorchSchedule, bounded
+from ..nodes import bounded
+from .base import Chainable, TorchSchedule
+from .restarts import Restarts
 
 Factors = Callable[[int], float] | Sequence[float]
 
@@ -94,6 +98,9 @@ class MultiplicativeLR(Chainable):
     def lower_from(self, base_lr: float) -> Tree:
         return Curve("table", table=self._products(base_lr))
 
+    def lower_factors(self, restarts: Restarts) -> Tree:
+        return restarts.of_stairs(dict(enumerate(self.factors[1:], start=1)))
+
     def _products(self, base_lr: float) -> tuple[float, ...]:
         return tuple(accumulate(self.factors[1:], lambda lr, factor: bounded(lr * factor), initial=base_lr))
 
@@ -112,7 +119,9 @@ def _tabulated(word: str, lr_lambda: Factors, num_steps: int | None, first: int)
         raise TypeError(f"{word}: lr_lambda must be a function or its values in a list, got {lr_lambda!r}")
     if not values:
         raise ValueError(f"{word}: lr_lambda must have at least one value, got none")
-    return tuple(checks.number(word, f"lr_lambda({t})", value) for t, value in enumerate(values))
+    # A condition is a factor, as in torch: `lambda t: t < 100`.
+    numbers = (float(value) if isinstance(value, bool | np.bool_) else value for value in values)
+    return tuple(checks.number(word, f"lr_lambda({t})", value) for t, value in enumerate(numbers))
 
 
 def _turns_negative(factors: tuple[float, ...], base_lr: float) -> str | None:
