@@ -9,15 +9,16 @@ import torch
 
 from . import arena, checkpoint, dtensors, hyperparameters, packing, precision
 from . import state as states
-from .base import NO_CLOCK, OptimizerBase
+from .base import NO_CLOCK
 from .devices import Call, called_for_allocation
 from .hyperparameters import SCHEDULABLE
 from .machine import check_metric
+from .masters import ExactParameters
 from .scheduler import SECOND_SCHEDULER, refuse_engines_scheduler, refuse_partial_norm, refuse_second_scheduler
 from .schedules import Schedule
 
 
-class FusedScheduledAdam(OptimizerBase):
+class FusedScheduledAdam(ExactParameters):
     r"""Adam and AdamW with scheduled hyperparameters, evaluated and applied on the device in one pass.
 
     For update t = 1, 2, ... of a parameter, with the schedule clock at T-1 = number of updates applied before:
