@@ -187,8 +187,8 @@ def _check_values(live: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Non
             continue
         if dtensors.is_distributed(target):
             raise TypeError(
-                f"{name!r} must be a plain tensor to be set at full precision, got a DTensor; load before fully_shard() "
-                "and before the optimizer is made, in float32"
+                f"{name!r} must be a plain tensor to be set at full precision, got a DTensor; load the model in "
+                "float32 before fully_shard() and before the optimizer is made"
             )
         value = state_dict[name]
         if not isinstance(value, torch.Tensor):

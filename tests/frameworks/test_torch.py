@@ -11,7 +11,7 @@ import torch_distributed
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    return ranks.outcomes("torch_distributed", 2, "checks")
+    return ranks.outcomes("torch_distributed", 2)
 
 
 @pytest.mark.parametrize("name", torch_distributed.CHECKS)
@@ -22,9 +22,9 @@ def test_two_processes(name: str, outcomes: dict[str, str]) -> None:
 @pytest.fixture(scope="module")
 def resharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     shared: Path = tmp_path_factory.mktemp("resharded")
-    saved = ranks.outcomes("torch_distributed", 4, "save", shared=shared)
+    saved = ranks.outcomes("resharding", 4, "save", shared=shared)
     assert not any(saved.values()), saved
-    return ranks.outcomes("torch_distributed", 2, "load", shared=shared)
+    return ranks.outcomes("resharding", 2, "load", shared=shared)
 
 
 @pytest.mark.parametrize("form", [*torch_distributed.FORMS, "full"])

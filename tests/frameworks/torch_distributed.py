@@ -1,26 +1,22 @@
-"""Plain torch in several processes: DDP, FSDP2, ZeroRedundancyOptimizer, distributed checkpoints.
+"""Plain torch in two processes: DDP, FSDP2, GradScaler, ZeroRedundancyOptimizer.
 
-Started by test_torch.py, with two processes for CHECKS and with four, then two, for RESHARDING.
+Started by test_torch.py.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from ranks import Checks, folder, run_checks
+from ranks import Checks, run_checks
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
-    get_state_dict,
     set_optimizer_state_dict,
-    set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -31,11 +27,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fused_sched import FusedScheduledAdam, schedules
 
-CHECKS, RESHARDING = Checks(), Checks()
+CHECKS = Checks()
 
 RATE = schedules.linear(0.05, 0.0, 20)
 #: Of weights below 1: two orders of the same float32 operations.
 TOLERANCE = 1e-6
+
+#: Of optimizer state in torch.distributed.checkpoint.
+FORMS = {
+    "nested": StateDictOptions(),
+    "flattened": StateDictOptions(flatten_optimizer_state_dict=True),
+}
 
 
 def model() -> torch.nn.Sequential:
@@ -350,86 +352,5 @@ def zero_redundancy_optimizer() -> None:
     assert optimizer.optim.clock == 8
 
 
-# ---- torch.distributed.checkpoint, from four processes to two ----------------------------------------------
-
-FORMS = {
-    "nested": StateDictOptions(),
-    "flattened": StateDictOptions(flatten_optimizer_state_dict=True),
-}
-
-
-def saved_by_four(form: str) -> None:
-    module = sharded()
-    optimizer = ours(module.parameters())
-    train(module, optimizer, range(4))
-    optimizer.param_groups[0]["lr"] *= 0.5
-    states = get_state_dict(module, optimizer, options=FORMS[form])
-    dcp.save(dict(zip(("model", "optimizer"), states, strict=True)), checkpoint_id=str(folder() / form))
-    train(module, optimizer, range(4, 8))
-    continued = weights(module)
-    if dist.get_rank() == 0:
-        torch.save(continued, folder() / f"{form}.pt")
-
-
-def loaded_by_two(form: str) -> None:
-    module = sharded()
-    optimizer = ours(module.parameters())
-    states = dict(zip(("model", "optimizer"), get_state_dict(module, optimizer, options=FORMS[form]), strict=True))
-    assert optimizer.clock == 0, "a dry run of torch.distributed.checkpoint counted"
-    dcp.load(states, checkpoint_id=str(folder() / form))
-    set_state_dict(
-        module,
-        optimizer,
-        model_state_dict=states["model"],
-        optim_state_dict=states["optimizer"],
-        options=FORMS[form],
-    )
-    assert optimizer.clock == 4
-    train(module, optimizer, range(4, 8))
-    assert optimizer.last_lr() == [0.5 * RATE(7)]
-    for actual, expected in zip(weights(module), torch.load(folder() / f"{form}.pt"), strict=True):
-        # The gradients of four processes are averaged in another order than those of two.
-        torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
-
-
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def full_saved_by_four() -> None:
-    module = sharded()
-    optimizer = ours(module.parameters())
-    train(module, optimizer, range(4))
-    # A copy: the "step" of a whole state is the optimizer's own tensor, which goes on counting.
-    state = copy.deepcopy(get_optimizer_state_dict(module, optimizer, options=FULL))
-    start = weights(module)
-    train(module, optimizer, range(4, 8))
-    continued = weights(module)
-    if dist.get_rank() == 0:
-        torch.save((state, start, continued), folder() / "full.pt")
-
-
-def full_loaded_by_two() -> None:
-    state, start, expected = torch.load(folder() / "full.pt")  # tensors and primitives only
-    module = sharded()
-    for p, value in zip(module.parameters(), start, strict=True):
-        with torch.no_grad():
-            p.copy_(distribute_tensor(value, p.device_mesh, p.placements))
-    optimizer = ours(module.parameters())
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_optimizer_state_dict(module, optimizer, state if dist.get_rank() == 0 else {}, options=options)
-    assert optimizer.clock == 4, optimizer.clock
-    train(module, optimizer, range(4, 8))
-    for actual, wanted in zip(weights(module), expected, strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=0, atol=TOLERANCE)
-
-
-def registered(action: Callable[[str], None], form: str) -> Callable[[], None]:
-    return lambda: action(form)
-
-
 if __name__ == "__main__":
-    phase = sys.argv[2]
-    for _form in FORMS:
-        RESHARDING[_form] = registered({"save": saved_by_four}.get(phase, loaded_by_two), _form)
-    RESHARDING["full"] = {"save": full_saved_by_four}.get(phase, full_loaded_by_two)
-    run_checks(CHECKS if phase == "checks" else RESHARDING)
+    run_checks(CHECKS)
