@@ -7,6 +7,8 @@
 #include <mutex>
 #include <thread>
 
+#include "../float_environment.h"
+
 namespace fused_sched {
 namespace {
 
@@ -47,6 +49,7 @@ class ThreadPool {
   }
 
   void work(int index, uint64_t seen) {
+    const DefaultFloatEnvironment environment;
     for (;;) {
       const std::function<void(int64_t)>* body;
       int64_t count;
@@ -88,6 +91,7 @@ void parallel_for(int64_t count, int num_threads, const std::function<void(int64
   static ThreadPool& pool = *new ThreadPool;
   static const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
   const int threads = static_cast<int>(count < num_threads ? count : num_threads);
+  const DefaultFloatEnvironment environment;
   if (threads > 1 && registered == 0 && !is_forked_child && pool_mutex.try_lock()) {
     std::lock_guard<std::mutex> lock(pool_mutex, std::adopt_lock);
     pool.run(count, threads, body);

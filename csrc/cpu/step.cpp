@@ -127,7 +127,6 @@ void update(fs_call& call) {
   const fs_update_run update_run = instruction_set().update_run;
   const int num_threads = static_cast<int>(std::min<int64_t>(call.num_threads, num_runs / kMinRunsPerThread));
   parallel_for(num_runs, num_threads, [&](int64_t run_index) {
-    const DefaultFloatEnvironment environment;
     const int64_t index = std::upper_bound(run_end.begin(), run_end.end(), run_index) - run_end.begin();
     const int64_t before = index > 0 ? run_end[static_cast<size_t>(index - 1)] : 0;
     const int64_t first = (run_index - before) * kRunLength;
