@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_sched import FusedScheduledAdam, schedules
+from fused_sched import FusedScheduledAdam, ScheduleWarning, schedules
 from fused_sched.deepspeed import optimizer_from_config, schedule_from_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +111,14 @@ def test_each_groups_own_rate_is_read() -> None:
     opt = optimizer_from_config(groups, {"optimizer": ADAM, "scheduler": scheduler})
     expected = [schedules.deepspeed.WarmupCosineLR(20, 0.0, 5, base_lr=lr) for lr in (0.1, 0.5)]
     assert rates(opt, 30) == [schedule(range(30)).tolist() for schedule in expected]
+
+
+def test_what_is_odd_about_all_groups_is_said_once() -> None:
+    groups = [{"params": [parameter()], "lr": lr} for lr in (0.1, 0.2)]
+    ds_config = {"optimizer": ADAM, "scheduler": {"type": "StepLR", "params": {"step_size": 2.5}}}
+    with pytest.warns(ScheduleWarning, match="every 5 updates") as caught:
+        optimizer_from_config(groups, ds_config)
+    assert len(caught) == 1
 
 
 def test_named_parameters_keep_their_names() -> None:
