@@ -46,9 +46,10 @@ format: $(STAMPS)/dev
 	@$(PY) -m ruff format --quiet .
 	@$(VENV)/bin/clang-format -i $(CPP_FILES)
 
-# docs/schedules.md and the pictures of schedules, from the code.
+# docs/schedules.md, the tables of README.md and their pictures, from the code and from docs/images/quality.json.
 docs: build
 	@$(PY) docs/make_schedules.py
+	@$(PY) docs/make_readme.py
 
 build: $(STAMPS)/installed
 	@$(QUIET) 'build' $(PY) setup.py -q build_ext --inplace

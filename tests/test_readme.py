@@ -51,22 +51,6 @@ def test_every_schedule_is_in_the_table() -> None:
     assert all(hasattr(schedules, name) for name in named)
 
 
-FORMATS = re.findall(r"^\| `(float\d+|bfloat16)` \| (?:`(\w+)`|any).*\| (\d+) \|$", section("Formats"), re.M)
-
-
-@pytest.mark.parametrize(("dtype", "master", "state_bytes"), FORMATS)
-def test_the_table_of_formats_is_right(dtype: str, master: str, state_bytes: str) -> None:
-    param = torch.nn.Parameter(torch.ones(4096, dtype=getattr(torch, dtype)))
-    param.grad = torch.ones_like(param)
-    optimizer = FusedScheduledAdam([param], master=master or "auto")
-    optimizer.step()
-    assert optimizer.bytes_per_param() == int(state_bytes)
-
-
-def test_the_table_of_formats_has_every_dtype() -> None:
-    assert {dtype for dtype, _, _ in FORMATS} == {"float32", "bfloat16", "float16", "float64"}
-
-
 @pytest.mark.parametrize("module", MODULES)
 def test_docstring_examples_run(module: str) -> None:
     names = {name: getattr(schedules, name) for name in schedules.__all__}
