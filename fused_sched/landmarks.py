@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import islice
-from math import inf
+from math import inf, nextafter
 from operator import itemgetter
 
 from .program import Clamp, Clock, Curve, Join, Product, Repeat, Sum, Tree
@@ -161,11 +161,17 @@ def _repeat_extremes(node: Repeat, begin: float, end: float) -> Iterator[float]:
     if node.growth == 1.0 and begin > 0.0:
         cycles.append(int(begin // node.period))
         cycles.append(cycles[-1] + 1)
-    inner = list(islice(_extremes(node.child, 0.0, min(node.period, max(end, 0.0))), 64))
+    last = nextafter(node.period, 0.0)  # a cycle's own end belongs to the next one
+    inner = list(islice(_extremes(node.child, 0.0, min(last, max(end, 0.0))), 64))
     for cycle in cycles:
         stretch = power(node.growth, cycle)
         start = node.period * cycle if node.growth == 1.0 else node.period * (stretch - 1.0) / (node.growth - 1.0)
         yield from (t for t in (start + stretch * x for x in inner) if begin <= t <= end)
+    # A cycle entered in the middle: the turns that a wave in it still has.
+    entered = begin % node.period if node.growth == 1.0 else begin
+    if 0.0 < entered < node.period and begin < length:
+        inside = islice(_extremes(node.child, entered, min(last, entered + end - begin)), 64)
+        yield from (t for t in (begin - entered + x for x in inside) if begin <= t <= end)
 
 
 def _clock_extremes(node: Clock, begin: float, end: float) -> Iterator[float]:
@@ -184,7 +190,7 @@ def _phases(node: Join, begin: float, end: float) -> Iterator[tuple[Tree, float,
     stops = (*node.ends, inf)
     for child, origin, start, stop in zip(node.children, node.origins, starts, stops, strict=True):
         if start < stop and start <= end and stop > begin:
-            yield child, origin, max(begin, start), min(end, stop)
+            yield child, origin, max(begin, start), end if stop > end else nextafter(stop, -inf)
 
 
 def _phase_starts(node: Tree, begin: float, end: float, most_cycles: int | None) -> Iterator[float]:

@@ -62,6 +62,14 @@ def test_the_largest_and_the_smallest_value_are_among_the_extremes(tree: Tree) -
     assert found.min() <= shown.min() + rounding
 
 
+def test_a_wave_in_a_cycle_entered_in_the_middle_has_turns_left() -> None:
+    """Random trees find this once in some thousand."""
+    wave = Repeat(half_cosine(0.0, 1.0, 2), period=12.0, times=1.0)
+    for addend in (3.0, 7.0):
+        shifted = Clock(wave, addend=addend)
+        assert evaluate(pack(shifted), sorted(landmarks.extremes(shifted, 40))).max() == 1.0
+
+
 def test_landmarks_beyond_all_whole_doubles_are_at_the_last_of_them() -> None:
     assert landmarks.extremes(line(0.0, 1.0, 1e300, origin=1e300)) == {0, 2**53}
 
