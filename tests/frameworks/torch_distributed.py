@@ -149,7 +149,8 @@ def fsdp2_with_clipping_in_the_step() -> None:
         norm = whole(torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.01))
         optimizer.step()
         theirs.step()
-        torch.testing.assert_close(optimizer.grad_norm.float(), norm, rtol=TOLERANCE, atol=0)
+        # torch's is summed in float32, of gradients at weights that differ by TOLERANCE; a shard's is far off.
+        torch.testing.assert_close(optimizer.grad_norm.float(), norm, rtol=10 * TOLERANCE, atol=0)
         for each in (optimizer, theirs):
             each.zero_grad()
     assert_close(module, reference)
