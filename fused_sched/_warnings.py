@@ -11,7 +11,7 @@ class ScheduleWarning(UserWarning):
     """A schedule does something its owner may not expect."""
 
 
-#: Messages of the schedules that are being constructed together.
+#: Messages of the schedules that are being constructed or set together.
 _said: ContextVar[set[str] | None] = ContextVar("said", default=None)
 
 
@@ -39,5 +39,6 @@ def warn_schedule(message: str) -> None:
 
 
 def _is_ours(module: str) -> bool:
-    # The __init__ that dataclasses write has this package's module for its globals.
-    return module == "fused_sched" or module.startswith("fused_sched.")
+    # The __init__ that dataclasses write has this package's module for its globals. torch's Optimizer.__init__ stands
+    # between our constructor and our add_param_group.
+    return module == "fused_sched" or module.startswith("fused_sched.") or module == "torch.optim.optimizer"

@@ -25,6 +25,14 @@ _MAX_CLOCK = 2**53
 NO_CLOCK = -1
 
 
+def check_clock(step: Any) -> int:
+    """The clock as an int; raises ValueError or TypeError where it is none."""
+    value = -1 if isinstance(step, bool) else operator.index(step)
+    if not 0 <= value <= _MAX_CLOCK:
+        raise ValueError(f"the clock must be in [0, 2^53], which schedules can tell apart, got {step!r}")
+    return value
+
+
 class OptimizerBase(StepTail):
     """The part of `FusedScheduledAdam` that answers questions: its clock and rates, its pickled and printed form."""
 
@@ -70,9 +78,7 @@ class OptimizerBase(StepTail):
             >>> opt.clock
             500
         """
-        value = -1 if isinstance(step, bool) else operator.index(step)
-        if not 0 <= value <= _MAX_CLOCK:
-            raise ValueError(f"the clock must be in [0, 2^53], which schedules can tell apart, got {step!r}")
+        value = check_clock(step)
         for group in self._all_groups:
             group["clock"] = NO_CLOCK
         self._devices.write_clock(value)

@@ -11,6 +11,7 @@ import torch
 from . import arena, conversion, dtensors, hyperparameters
 from . import state as states
 from ._warnings import warn_schedule
+from .base import check_clock
 
 if TYPE_CHECKING:
     from .groups import GroupRecord
@@ -98,6 +99,7 @@ def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
     state_dict = dict(state_dict)
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         state_dict = pre_hook(optimizer, state_dict) or state_dict
+    _check_kinds(state_dict)
     saved_groups = state_dict["param_groups"]
     groups = optimizer.param_groups
     _check_sizes(groups, saved_groups)
@@ -107,17 +109,18 @@ def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
     saved_state = state_dict["state"]
     sources = {key: _found(saved_state[key]) for key in keys if key in saved_state}
     for param, key in zip(params, keys, strict=True):
-        conversion.check_source(dtensors.local(param), dtensors.local_state(param, sources.get(key, {})))
+        source = sources.get(key, {})
+        conversion.check_source(dtensors.local(param), dtensors.local_state(param, source))
+        conversion.check_both_moments(source)
     largest_step = _largest_step(sources.values())
     # With more steps than we counted, another optimizer went on: its rate is not a factor of our schedule.
     ours = all(largest_step == group.get("clock_step", largest_step) for group in saved_groups)
-    options = [_merged_options(record, saved, ours) for record, saved in zip(records, saved_groups, strict=True)]
-    for merged in options:
-        hyperparameters.check_options(merged)
-    clock = _saved_clock(saved_groups, largest_step)
+    options = _merge(records, saved_groups, ours)
+    clock = check_clock(_saved_clock(saved_groups, largest_step))
 
-    for record, merged, saved in zip(records, options, saved_groups, strict=True):
+    for record, saved in zip(records, saved_groups, strict=True):  # before the first change: warnings may be errors
         _warn_about_schedules(record, saved)
+    for record, merged, saved in zip(records, options, saved_groups, strict=True):
         _apply_options(record.group, merged)
         _take_metric_state(record, saved)
     with torch.no_grad():
@@ -146,6 +149,24 @@ def _found(saved: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _check_kinds(state_dict: dict[str, Any]) -> None:
+    """Raise TypeError unless this looks like what `state_dict()` returns."""
+    remedy = "pass what state_dict() of this optimizer or of torch's Adam returned"
+    for key, kind in (("state", dict), ("param_groups", list)):
+        if not isinstance(state_dict.get(key), kind):
+            got = type(state_dict[key]).__name__ if key in state_dict else "none"
+            raise TypeError(f"a checkpoint must have a {kind.__name__} {key!r}, got {got}; {remedy}")
+    for index, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
+            got = f"the keys {', '.join(map(repr, group))}" if isinstance(group, dict) else repr(group)
+            raise TypeError(f"group {index} of a checkpoint must be a dict with a list 'params', got {got}; {remedy}")
+        for key in group["params"]:
+            state = state_dict["state"].get(key, {})
+            if not isinstance(state, dict):
+                got = type(state).__name__
+                raise TypeError(f"the state of parameter {key!r} in a checkpoint must be a dict, got {got}; {remedy}")
+
+
 def _check_sizes(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:
     if len(groups) != len(saved_groups):
         raise ValueError(
@@ -158,6 +179,19 @@ def _check_sizes(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]
                 f"group {index} has {len(group['params'])} parameters, the checkpoint's {len(saved['params'])}; "
                 "build the optimizer with the parameters it was saved with"
             )
+
+
+def _merge(records: list[GroupRecord], saved_groups: list[dict[str, Any]], ours: bool) -> list[dict[str, Any]]:
+    """The groups' options after loading; raises for those of the checkpoint that do not go with the live ones."""
+    options = []
+    for index, (record, saved) in enumerate(zip(records, saved_groups, strict=True)):
+        try:
+            merged = _merged_options(record, saved, ours)
+            hyperparameters.check_options(merged)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"group {index} cannot have the checkpoint's options: {error}") from error
+        options.append(merged)
+    return options
 
 
 def _merged_options(record: GroupRecord, saved: dict[str, Any], ours: bool) -> dict[str, Any]:
@@ -174,6 +208,7 @@ def _merged_options(record: GroupRecord, saved: dict[str, Any], ours: bool) -> d
         merged[f"{name}_reference"] = schedule.reference
     if "lr" in record.schedules:
         merged.pop("initial_lr", None)
+    hyperparameters.check_pair(merged["betas"])
     merged["betas"] = tuple(
         record.schedules[name].reference if name in record.schedules else float(beta)
         for name, beta in zip(("beta1", "beta2"), merged["betas"], strict=True)

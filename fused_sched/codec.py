@@ -174,6 +174,20 @@ def encode_master(
     return weight.to(dtype), None
 
 
+def encode_beside(master: str, weight: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """What a split master keeps beside a bfloat16 parameter that somebody else has rounded the weight to.
+
+    Where that was another rounding than encode_master()'s (ties to even, or not first to split8's 16 digits), the
+    nearest value that can be kept; 0 beside a parameter that is more than half a last place away: it was edited.
+    """
+    unit = 1 if master == "split16" else 256
+    bits = _bits(weight)
+    distance = bits - ((param.view(torch.int16).to(torch.int64) & 0xFFFF) << 16)
+    kept = ((distance + unit // 2) // unit).clamp(-0x8000 // unit, 0x7FFF // unit)
+    kept = torch.where((distance.abs() <= 0x8000) & ~_is_nan(bits), kept, 0)
+    return kept.to(MASTERS[master][0].dtype)
+
+
 def _round_beside_master(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """bf16: ties away from zero, the rounding that a remainder can invert."""
     if dtype != torch.bfloat16:

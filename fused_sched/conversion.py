@@ -15,6 +15,8 @@ _STREAMS = [s for table in (codec.MASTERS, codec.MOMENTS) for streams in table.v
 FLOATS = (*dict.fromkeys(s.name for s in _STREAMS if s.dtype.is_floating_point), "max_exp_avg_sq")
 CODES = {s.name: (s.dtype, s.group) for s in _STREAMS if not s.dtype.is_floating_point}
 
+_BOTH = ("exp_avg", "exp_avg_sq")
+
 
 def check_source(param: torch.Tensor, source: Mapping[str, Any]) -> None:
     """Raise if values found in a state dict cannot be taken over for this parameter."""
@@ -40,7 +42,7 @@ def check_source(param: torch.Tensor, source: Mapping[str, Any]) -> None:
                 f"state {key!r} must be a {dtype} tensor of shape {shape} for this parameter, got {_describe(value)}; "
                 f"{remedy}"
             )
-    for name in ("exp_avg", "exp_avg_sq"):
+    for name in _BOTH:
         code, scale = f"{name}_code", f"{name}_scale"
         if source.get(name) is None and (source.get(code) is None) != (source.get(scale) is None):
             raise ValueError(f"state {code!r} and {scale!r} mean something together only, got one of them; give both")
@@ -54,6 +56,19 @@ def check_source(param: torch.Tensor, source: Mapping[str, Any]) -> None:
             raise TypeError(f"state {key!r} must be a number or a tensor of one element, got {_describe(value)}")
         if not 0 <= value < 2**63:
             raise ValueError(f"state {key!r} must be a count of updates, got {value!r}")
+
+
+def check_both_moments(source: Mapping[str, Any]) -> None:
+    """Raise ValueError if a checkpoint has one moment without the other.
+
+    A second moment that starts afresh under an old first one would make the next update some thirty times too large.
+    """
+    found = [name for name in _BOTH if source.get(name) is not None or source.get(f"{name}_code") is not None]
+    if len(found) == 1:
+        raise ValueError(
+            f"state must have 'exp_avg' and 'exp_avg_sq' or neither, got {found[0]!r} only; give both, or delete it to "
+            "start afresh"
+        )
 
 
 def _describe(value: Any) -> str:
@@ -79,13 +94,13 @@ def fill(entry: Entry, param: torch.Tensor, source: Mapping[str, Any]) -> None:
 
 def _fill_moments(layout: Layout, targets: Mapping[str, torch.Tensor], source: Mapping[str, Any]) -> None:
     names = [stream.name for stream in codec.MOMENTS[layout.moments]]
-    replaced = layout.moments == "8bit" and any(source.get(name) is not None for name in ("exp_avg", "exp_avg_sq"))
+    replaced = any(name not in names and source.get(name) is not None for name in _BOTH)
     if not replaced and all(_fits(targets[name], source.get(name)) for name in names):
         for name in names:
             if source[name] is not targets[name]:
                 targets[name].copy_(source[name])
         return
-    values = {name: _moment(name, layout, source) for name in ("exp_avg", "exp_avg_sq")}
+    values = {name: _moment(name, source) for name in _BOTH}
     if all(value is None for value in values.values()):
         for name in names:
             targets[name].zero_()  # codes of zero, too
@@ -112,7 +127,7 @@ def _fits(target: torch.Tensor, value: torch.Tensor | None) -> bool:
     )
 
 
-def _moment(name: str, layout: Layout, source: Mapping[str, Any]) -> torch.Tensor | None:
+def _moment(name: str, source: Mapping[str, Any]) -> torch.Tensor | None:
     """A moment's values as a tensor of the parameter's shape, from whichever format the source has."""
     value = source.get(name)
     if value is not None:
@@ -146,12 +161,9 @@ def _fill_master(
             target.zero_()
         else:
             dense = torch.empty_like(target, dtype=torch.float32).copy_(exact)
-            rounded, kept = codec.encode_master(layout.master, codec.in_memory_order(dense), layout.dtype)
-            assert kept is not None
-            # The remainder of a master that does not round to the parameter is no part of it.
-            ours = codec.in_memory_order(torch.empty_like(target, dtype=layout.dtype).copy_(param))
-            same = rounded.view(torch.int16) == ours.view(torch.int16)
-            codec.in_memory_order(target).copy_(torch.where(same, kept, 0))
+            ours = torch.empty_like(target, dtype=layout.dtype).copy_(param)
+            kept = codec.encode_beside(layout.master, codec.in_memory_order(dense), codec.in_memory_order(ours))
+            codec.in_memory_order(target).copy_(kept)
 
 
 def exact_master(param: torch.Tensor, source: Mapping[str, Any]) -> torch.Tensor | None:
@@ -177,14 +189,10 @@ def _copy_or_zero(target: torch.Tensor, value: torch.Tensor | None) -> None:
 def portable(param: torch.Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter's state in the terms that torch's AdamW knows, moments in at least float32, and its exact master."""
     exported = {key: state[key] for key in ("step",) if key in state}
-    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-        value = state.get(name)
-        if value is None and state.get(f"{name}_code") is not None:
-            flat = codec.decode_moment(name, state)
-            assert flat is not None
-            value = _shaped_like(flat, state[f"{name}_code"])
+    for name in (*_BOTH, "max_exp_avg_sq"):
+        value = _moment(name, state)
         if value is not None:
-            exported[name] = value.float() if value.dtype == torch.bfloat16 else value
+            exported[name] = value.float() if value.dtype.itemsize < 4 else value
     master = exact_master(param, state)
     return exported if master is None else {**exported, "master": master}
 

@@ -93,8 +93,7 @@ def split_options(options: dict[str, Any]) -> dict[str, Schedule]:
         options.pop(name, None)
     schedules: dict[str, Schedule] = {}
     betas = options["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"betas must be a pair of numbers or Schedules, got {betas!r}")
+    check_pair(betas)
     values = {
         "lr": options["lr"],
         "beta1": betas[0],
@@ -120,6 +119,12 @@ def split_options(options: dict[str, Any]) -> dict[str, Schedule]:
     for name in _WITH_REFERENCE:
         options[f"{name}_reference"] = None if isinstance(values[name], torch.Tensor) else values[name]
     return schedules
+
+
+def check_pair(betas: object) -> None:
+    """Raise ValueError unless these are two values."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers or Schedules, got {betas!r}")
 
 
 def check_schedule(name: str, schedule: Schedule) -> None:
@@ -184,6 +189,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             _check_number("lr", lr.item(), 0.0, math.inf)
     else:
         _check_number("lr", lr, 0.0, math.inf)
+    check_pair(options["betas"])
     for index, beta in enumerate(options["betas"], start=1):
         _check_number(f"beta{index}", beta, 0.0, 1.0)
     _check_number("eps", options["eps"], 0.0, math.inf)

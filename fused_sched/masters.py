@@ -24,8 +24,9 @@ class ExactParameters(OptimizerBase):
         """The exact value of every parameter, in the order of the groups: what the next update starts from.
 
         Yields new tensors, made one at a time, which training does not change: float32; float64 of float64 parameters.
-        A parameter without a master is exactly what it holds, and all are so before the first step. A parameter that
-        was edited since wins over its master, as in a step.
+        A parameter without a master is exactly what it holds, and all are so before the first step. As in a step, a
+        parameter that was edited since wins over an "fp32" master; beside "split16" and "split8" it keeps what they add
+        to it, at most half of its last place (`load_fp32_state_dict()` sets it exactly).
 
         Example:
             >>> import torch
@@ -85,8 +86,9 @@ class ExactParameters(OptimizerBase):
 
         A "fp32" or "split16" master becomes the float32 value itself, a "split8" one is rounded to 16 significant bits;
         parameters without a master, and frozen ones without state, are rounded to nearest. Moments, counts of steps and
-        the clock stay, and so does memory that a captured CUDA graph uses. Raises ValueError or TypeError, before
-        anything has changed, if names, shapes or kinds of values are not the model's.
+        the clock stay, and so does memory that a captured CUDA graph uses. `opt.load_state_dict()` sets masters too, so
+        call it before. Raises ValueError or TypeError, before anything has changed, if names, shapes or kinds of values
+        are not the model's.
 
         Example:
             >>> import torch

@@ -9,6 +9,7 @@ import torch
 
 from . import arena, checkpoint, dtensors, hyperparameters, packing, precision
 from . import state as states
+from ._warnings import each_said_once
 from .base import NO_CLOCK
 from .devices import Call, called_for_allocation
 from .hyperparameters import SCHEDULABLE
@@ -111,9 +112,10 @@ class FusedScheduledAdam(ExactParameters):
         }
         self._reset_runtime(backend, clock=0)
         defaults = dict(self._options)
-        hyperparameters.split_options(defaults)
-        hyperparameters.check_options(defaults)
-        super().__init__(params, defaults)
+        with each_said_once():  # by the defaults and by every group that has them
+            hyperparameters.split_options(defaults)
+            hyperparameters.check_options(defaults)
+            super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options may be Schedules and default to the constructor's.
@@ -369,7 +371,9 @@ class FusedScheduledAdam(ExactParameters):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of this optimizer or of torch's Adam/AdamW, into the memory already in use.
 
-        Options come from the checkpoint, except master, moments and the constructor's schedules. Raises ValueError
+        Options come from the checkpoint, except master, moments and the constructor's schedules. State of these formats
+        is taken over bit for bit, of others converted: moments rounded to nearest; masters exactly, or for "split8" to
+        16 significant bits, beside the values that the parameters hold by then: load the model first. Raises ValueError
         or TypeError, before anything has changed, for a checkpoint of other groups, parameters or shapes; warns
         (ScheduleWarning) if it was trained with another schedule.
 
