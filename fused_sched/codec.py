@@ -184,7 +184,7 @@ def encode_beside(master: str, weight: torch.Tensor, param: torch.Tensor) -> tor
     bits = _bits(weight)
     distance = bits - ((param.view(torch.int16).to(torch.int64) & 0xFFFF) << 16)
     kept = ((distance + unit // 2) // unit).clamp(-0x8000 // unit, 0x7FFF // unit)
-    kept = torch.where((distance.abs() <= 0x8000) & ~_is_nan(bits), kept, 0)
+    kept = torch.where((distance.abs() <= 0x8080) & ~_is_nan(bits), kept, 0)  # split8 rounds by 0x80 before
     return kept.to(MASTERS[master][0].dtype)
 
 

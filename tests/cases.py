@@ -6,6 +6,7 @@ package's words, once as a plain function for the oracle). Adding a case is addi
 
 from __future__ import annotations
 
+import io
 import math
 import zlib
 from collections.abc import Callable, Iterator
@@ -266,6 +267,15 @@ class Problem:
             oracle.update(values_of(grad_of(param)), index=self.updates - 1)
 
 
+def construct_and_step(params: list[torch.Tensor], backend: str = "auto") -> None:
+    """Where parameters are refused, when constructed or when stepped, is left open."""
+    optimizer = FusedScheduledAdam(params, backend=backend)
+    for param in params:
+        if param.is_floating_point() or param.is_complex():
+            param.grad = torch.ones_like(param)
+    optimizer.step()
+
+
 def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and every tensor of its state, named by position."""
     position = 0
@@ -280,6 +290,14 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch
 
 def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone().cpu() for name, tensor in state_tensors(optimizer)}
+
+
+def through_a_file(value: Any) -> Any:
+    """What a checkpoint is after it was saved and loaded."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

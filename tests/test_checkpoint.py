@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cases import CASES, COMPRESSED, Case, Problem, assert_same, by_name, same_bits, snapshot, values_of
+from cases import CASES, COMPRESSED, Case, Problem, assert_same, by_name, same_bits, snapshot, through_a_file, values_of
 from conftest import Backend
 
 import fused_sched
@@ -19,13 +18,6 @@ from fused_sched import FusedScheduledAdam, schedules
 HALF = 3
 
 each_case = pytest.mark.parametrize("case", [*CASES, *COMPRESSED], ids=str)
-
-
-def through_a_file(value: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 def copied_params(problem: Problem) -> list[torch.Tensor]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from cases import COMPRESSED, Case, Problem, assert_same, same_bits, snapshot, values_of
+from cases import COMPRESSED, Case, Problem, assert_same, same_bits, snapshot, through_a_file
 from conftest import Backend
 
 from fused_sched import FusedScheduledAdam, codec, conversion, schedules
@@ -162,13 +160,6 @@ def test_tensor_ends_inside_a_group(dtype: torch.dtype, backend: Backend) -> Non
 # ---- resume ----------------------------------------------------------------------------------------------
 
 
-def through_a_file(value: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
 @pytest.mark.parametrize("case", COMPRESSED, ids=str)
 def test_resumed_far_into_training(case: Case, backend: Backend) -> None:
     """Train 4 == train 2, save, load, train 2; the clock and the counts of steps are beyond what float32 counts."""
@@ -213,135 +204,3 @@ def test_compressed_state_is_saved_as_it_is(backend: Backend) -> None:
         "master_correction": torch.int8,
     }
     assert sum(value.nbytes for value in streams.values()) == 3.125 * 4096
-
-
-# ---- from one format to another --------------------------------------------------------------------------
-
-FORMATS = [
-    (master, moments) for master in ("none", "fp32", "split16", "split8") for moments in ("fp32", "bf16", "8bit")
-]
-
-
-def trained(backend: Backend, master: str, moments: str, updates: int = 5) -> FusedScheduledAdam:
-    param = backend.parameter(torch.linspace(-2, 2, 100), torch.bfloat16)
-    optimizer = backend.optimizer([param], lr=1e-3, master=master, moments=moments)
-    generator = torch.Generator().manual_seed(2)
-    for _ in range(updates):
-        param.grad = torch.randn(100, generator=generator).to(param)
-        optimizer.step()
-    return optimizer
-
-
-@pytest.mark.parametrize("source", FORMATS, ids="-".join)
-@pytest.mark.parametrize("target", FORMATS, ids="-".join)
-def test_state_is_converted_to_the_live_formats(
-    source: tuple[str, str], target: tuple[str, str], get_backend: Any
-) -> None:
-    """Moments to nearest, within the target's bound; masters exactly where the target can hold them."""
-    backend = get_backend("cpu")
-    first, second = trained(backend, *source), trained(backend, *target, updates=0)
-    param, state = state_of(first)
-    live, _ = state_of(second)
-    with torch.no_grad():
-        live.copy_(param)
-    saved = through_a_file(first.state_dict())
-    second.load_state_dict(saved)
-    new = second.state[live]
-    # To nearest: half of a code's step, of a value or of 2^-14 of the power of two that covers its group.
-    relative = {"fp32": 0.0, "bf16": 2.0**-8, "8bit": 2.0**-4}[target[1]]
-    for name in ("exp_avg", "exp_avg_sq"):
-        old_value, new_value = codec.decode_moment(name, state), codec.decode_moment(name, new)
-        assert old_value is not None
-        assert new_value is not None
-        error = np.abs(values_of(new_value.float()) - values_of(old_value.float()))
-        largest = np.abs(values_of(old_value.float())).max()
-        assert np.all(
-            error <= relative * np.abs(values_of(old_value.float())) + (relative > 2.0**-8) * largest * 2.0**-16
-        )
-    exact, kept = conversion.exact_master(param, state), conversion.exact_master(live, new)
-    if target[0] == "none":
-        assert kept is None
-    else:
-        assert kept is not None
-        wanted = param.float() if exact is None else exact
-        # split8 rounds twice: a master just below a tie can round to another parameter, beside which it keeps nothing.
-        bound = 2.0**-8 if target[0] == "split8" and source[0] != "split8" else 0.0
-        assert bool(((kept - wanted).abs() <= bound * wanted.abs()).all())
-        assert float(((kept - wanted).abs() <= 2.0**-16 * wanted.abs()).float().mean()) > 0.95
-    if source == target:
-        assert_same(snapshot(second), snapshot(first))
-
-
-def test_format_changed_in_the_group_converts_state(backend: Backend) -> None:
-    optimizer = trained(backend, "split16", "fp32")
-    param, state = state_of(optimizer)
-    exact = conversion.exact_master(param, state)
-    assert exact is not None
-    optimizer.param_groups[0].update(master="fp32", moments="8bit", lr=0.0)
-    param.grad = torch.zeros_like(param)
-    optimizer.step()
-    assert same_bits(state["master"], exact)
-    assert "master_remainder" not in state
-    assert "exp_avg" not in state
-    assert state["exp_avg_code"].dtype == torch.uint8
-
-
-def test_moment_written_over_codes_wins(backend: Backend) -> None:
-    optimizer = trained(backend, "split16", "8bit")
-    param, state = state_of(optimizer)
-    state["exp_avg_sq"] = torch.full_like(param, 4.0, dtype=torch.float32)
-    optimizer.param_groups[0].update(betas=(0.9, 0.0))
-    param.grad = torch.full_like(param, 2.0)
-    optimizer.step()
-    value = codec.decode_moment("exp_avg_sq", state)
-    assert value is not None
-    assert (value == 4.0).all()
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("exp_avg_code", torch.zeros(100), "must be a torch.uint8 tensor of shape"),
-        ("exp_avg_code", torch.zeros(99, dtype=torch.uint8), "of shape \\(100,\\)"),
-        ("exp_avg_scale", torch.zeros(100, dtype=torch.uint8), "of shape \\(7,\\)"),
-        ("exp_avg_sq_scale", None, "give both"),
-        ("master_remainder", torch.zeros(100, dtype=torch.int32), "must be a torch.int16 tensor"),
-    ],
-)
-def test_codes_that_do_not_fit_are_refused(key: str, value: Any, message: str, backend: Backend) -> None:
-    optimizer = trained(backend, "split16", "8bit")
-    saved = through_a_file(optimizer.state_dict())
-    before = snapshot(optimizer)
-    if value is None:
-        del saved["state"][0][key]
-    else:
-        saved["state"][0][key] = value
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(saved)
-    assert_same(snapshot(optimizer), before)
-
-
-def test_scales_follow_the_order_of_memory(backend: Backend) -> None:
-    """A channels-last parameter's codes keep their order through a file, and are converted into another order."""
-
-    def make(memory_format: torch.memory_format) -> tuple[torch.Tensor, FusedScheduledAdam]:
-        values = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(5)) * torch.logspace(-3, 3, 5)
-        param = torch.nn.Parameter(values.to(backend.device).contiguous(memory_format=memory_format))
-        return param, backend.optimizer([param], lr=1e-3, moments="8bit")
-
-    param, optimizer = make(torch.channels_last)
-    for _ in range(3):
-        param.grad = param.detach().clone()
-        optimizer.step()
-    saved = through_a_file(optimizer.state_dict())
-    state = optimizer.state[param]
-    same, same_optimizer = make(torch.channels_last)
-    same_optimizer.load_state_dict(saved)
-    for key in ("exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale"):
-        assert same_bits(same_optimizer.state[same][key], state[key])
-    other, other_optimizer = make(torch.contiguous_format)
-    other_optimizer.load_state_dict(saved)
-    old = conversion.portable(param, state)["exp_avg"]
-    new = conversion.portable(other, other_optimizer.state[other])["exp_avg"]
-    # To nearest in groups of other neighbours: half a step of a value, or of the group's smallest normal code.
-    assert bool(((new - old).abs() <= 2.0**-4 * old.abs() + 2.0**-17 * old.abs().max()).all())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
-from cases import assert_same, same_bits, snapshot
+from cases import assert_same, same_bits, snapshot, through_a_file
 from conftest import Backend
 from torch import nn
 
@@ -49,13 +48,6 @@ def train(model: nn.Module, optimizer: FusedScheduledAdam, updates: int, seed: i
             if param.requires_grad:
                 param.grad = torch.randn(param.shape, generator=generator).to(param)
         optimizer.step()
-
-
-def through_a_file(value: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------
