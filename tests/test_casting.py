@@ -55,6 +55,17 @@ def test_model_stays_itself() -> None:
     assert dict(model.named_buffers())["table"].dtype == torch.bfloat16
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch has no grad_dtype")
+def test_dtype_that_was_set_for_gradients_stays() -> None:
+    model = nn.Linear(2, 2)
+    model.weight.grad_dtype = torch.float32
+    for param in model.parameters():
+        param.grad = torch.full_like(param, 1.0 + 2.0**-20)
+    cast_to_bf16(model)
+    assert [p.grad.dtype for p in model.parameters()] == [torch.float32, torch.bfloat16]
+    assert bool((model.weight.grad == 1.0 + 2.0**-20).all())
+
+
 def test_cast_model_trains_from_its_exact_weights() -> None:
     torch.manual_seed(0)
     model = network()

@@ -50,24 +50,30 @@ def test_place_of_a_table_must_be_marked() -> None:
 
 
 def combinations() -> Iterator[tuple[torch.dtype, str, str, str]]:
-    """Every combination there is, and the cell that must tell its bytes."""
-    for (dtype, masters), (_, _, *cells) in zip(make_readme.ROWS, tables()[0], strict=True):
-        for master in masters:
+    """Every combination in the table, read as its readers do, and the cell that tells its bytes."""
+    for param, masters, *cells in tables()[0]:
+        for master in codec.MASTERS if masters == "any, ignored" else re.findall(r"`(\w+)`", masters):
             for moments, cell in zip(codec.MOMENTS, cells, strict=True):
-                yield dtype, master, moments, cells[0] if cell == "as `fp32`" else cell
+                yield getattr(torch, param.strip("`")), master, moments, cells[0] if cell == "as `fp32`" else cell
+
+
+def test_columns_are_the_formats_of_moments() -> None:
+    header = make_readme.formats().splitlines()[0]
+    assert re.findall(r"`(\w+)`", header) == ["master", *codec.MOMENTS]
 
 
 def test_every_combination_has_a_cell() -> None:
-    told = {(dtype, precision.resolve_master(master, dtype), moments) for dtype, master, moments, _ in combinations()}
+    told = [(dtype, master, moments) for dtype, master, moments, _ in combinations()]
     possible = set()
     for dtype in precision.FORMATS:
         for master in codec.MASTERS:
-            for moments in codec.MOMENTS:
-                try:
-                    possible.add((dtype, precision.resolve_master(master, dtype), moments))
-                except ValueError:
-                    continue
-    assert told == possible
+            try:
+                precision.resolve_master(master, dtype)
+            except ValueError:
+                continue
+            possible |= {(dtype, master, moments) for moments in codec.MOMENTS}
+    assert len(told) == len(set(told))
+    assert set(told) == possible
 
 
 @pytest.mark.parametrize(("dtype", "master", "moments", "cell"), list(combinations()), ids=str)
@@ -119,6 +125,33 @@ def normals(mantissas: int, lowest: int = 1, highest: int = 254) -> torch.Tensor
     bits = (np.arange(lowest, highest)[:, None] << 23 | drawn).astype(np.uint32).reshape(-1)
     bits[1::2] |= 1 << 31
     return torch.from_numpy(bits.view(np.float32).copy())
+
+
+def bounds_told(cell: str, symbol: str) -> list[Bound | None]:
+    """The bounds in a cell of the tables, read back."""
+    if cell == "none":
+        return [None]
+    one = (
+        rf"(≤|<) 2<sup>(-\d+)</sup>&#124;{symbol}&#124;(?: or 2<sup>(-\d+)</sup> of the power of two covering [\w' ]+)?"
+    )
+    assert re.fullmatch(rf"{one}(?: \((\w+)\), {one} \((\w+)\))?", cell), cell
+    return [
+        Bound(int(relative), int(floor) if floor else None, strict=sign == "<")
+        for sign, relative, floor in re.findall(one, cell)
+    ]
+
+
+def test_bounds_in_the_tables_are_those_that_are_tested() -> None:
+    _, masters, moments = tables()
+    for name, _, cell, _ in masters:
+        bounds = make_readme.MASTERS[name.strip("`")]
+        assert bounds_told(cell, "w") == list(dict.fromkeys(bounds.values()))
+        assert re.findall(r"\((\w+)\)", cell) in ([], [make_readme.name_of(dtype) for dtype in bounds])
+        assert set(bounds) == {
+            dtype for dtype, master, _, _ in combinations() if dtype.itemsize == 2 and master == name.strip("`")
+        }
+    for name, _, first, second, _ in moments:
+        assert (*bounds_told(first, "m"), *bounds_told(second, "v")) == make_readme.MOMENTS[name.strip("`")]
 
 
 def assert_tight(error: npt.NDArray[np.float64], value: npt.NDArray[np.float64], bound: Bound | None) -> None:

@@ -128,6 +128,55 @@ def test_seed_and_place_of_a_parameter_change_what_is_drawn(backend: Backend) ->
     assert not same_bits(first["0.param"], other["0.param"])
 
 
+@pytest.mark.parametrize("moments", list(codec.MOMENTS))
+def test_replayed_call_draws_anew(moments: str, compiled: Backend) -> None:
+    """A captured graph repeats one call with the arguments it was captured with: what is drawn follows the clock on the
+    device, so that three replays are three updates."""
+    runs = []
+    for replayed in (True, False):
+        param = compiled.parameter(torch.linspace(-2, 2, 500), torch.bfloat16)
+        optimizer = compiled.optimizer([param], lr=schedules.linear(1e-3, 0.0, 9), master="stochastic", moments=moments)
+        param.grad = torch.linspace(-1, 1, 500).to(param)
+        optimizer.step()
+        optimizer.step()
+        (engine,) = optimizer._devices.engines.values()
+        for _ in range(3):
+            if replayed:
+                engine._run(engine._module.step)  # type: ignore[attr-defined]
+            else:
+                optimizer.step()
+        assert optimizer.clock == 5
+        runs.append(snapshot(optimizer))
+    assert_same(*runs)
+
+
+# ---- edits -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("master", list(codec.MASTERS))
+def test_edited_parameter_is_where_the_next_update_starts(master: str, backend: Backend) -> None:
+    """Exactly, but for what a split master adds to it: at most half a last place, and it still rounds to it."""
+    param = backend.parameter(torch.linspace(1, 2, 300), torch.bfloat16)
+    optimizer = backend.optimizer([param], lr=1e-3, master=master)
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    edited = torch.linspace(-4, -3, 300).to(param)
+    with torch.no_grad():
+        param.copy_(edited)
+    exact = next(optimizer.fp32_params())
+    if master.startswith("split"):
+        assert bool(((exact - edited.float()).abs() <= 2.0**-7).all())
+        assert not same_bits(exact, edited.float())
+    else:
+        assert same_bits(exact, edited.float())
+    optimizer.param_groups[0]["lr"] = 0.0
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert same_bits(param.detach(), edited)
+    assert same_bits(next(optimizer.fp32_params()), exact)
+
+
 # ---- tails -----------------------------------------------------------------------------------------------
 
 
