@@ -188,13 +188,21 @@ def _copy_or_zero(target: torch.Tensor, value: torch.Tensor | None) -> None:
 
 def portable(param: torch.Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter's state in the terms that torch's AdamW knows, moments in at least float32, and its exact master."""
-    exported = {key: state[key] for key in ("step",) if key in state}
+    exported = {"step": _countable(state["step"], state.get("step_int64"))} if "step" in state else {}
     for name in (*_BOTH, "max_exp_avg_sq"):
         value = _moment(name, state)
         if value is not None:
             exported[name] = value.float() if value.dtype.itemsize < 4 else value
     master = exact_master(param, state)
     return exported if master is None else {**exported, "master": master}
+
+
+def _countable(mirror: Any, count: Any) -> Any:
+    """The step for an optimizer that has no int64 beside it: in float64 where float32 would lose the count."""
+    count = None if count is None else int(count)
+    if count is None or count <= 2**24 or float(mirror) != torch.tensor(count, dtype=torch.float32).item():
+        return mirror  # if they disagree, somebody wrote it
+    return torch.tensor(count, dtype=torch.float64)
 
 
 def _fill_step(entry: Entry, source: Mapping[str, Any]) -> None:

@@ -238,6 +238,42 @@ def test_resumed_far_into_training(case: Case, backend: Backend) -> None:
     assert_same(snapshot(resumed), snapshot(optimizer))
 
 
+@pytest.mark.parametrize("portable", [False, True], ids=["whole", "portable"])
+@pytest.mark.parametrize("clock", [2**24, 2**24 + 3, 2**33 + 1])
+def test_counts_beyond_float32_come_back(clock: int, portable: bool, backend: Backend) -> None:
+    """Else the clock would move on by the difference, and a factor of the rate be taken for another optimizer's."""
+    schedule = schedules.linear(1.0, 0.5, 2**34)
+
+    def make() -> tuple[torch.Tensor, FusedScheduledAdam]:
+        param = backend.parameter(torch.ones(20), torch.bfloat16)
+        param.grad = torch.ones_like(param)
+        return param, backend.optimizer([param], lr=schedule, moments="8bit")
+
+    param, optimizer = make()
+    optimizer.step()
+    optimizer.set_clock(clock - 1)
+    optimizer.state[param]["step_int64"].fill_(clock - 1)
+    optimizer.state[param]["step"].fill_(clock - 1)
+    optimizer.param_groups[0]["lr"] *= 0.25
+    optimizer.step()
+    saved = through_a_file(optimizer.state_dict(portable=portable))
+    other, resumed = make()
+    with torch.no_grad():
+        other.copy_(param)
+    resumed.load_state_dict(saved)
+    assert resumed.clock == clock
+    assert resumed.param_groups[0]["lr"] == 0.25
+    assert_same(snapshot(resumed), snapshot(optimizer))
+    for each in (optimizer, resumed):
+        each.step()
+    assert_same(snapshot(resumed), snapshot(optimizer))
+    assert int(resumed.state[other]["step_int64"]) == resumed.clock == clock + 1
+    if portable:
+        theirs = torch.optim.AdamW([torch.nn.Parameter(torch.ones(20))])
+        theirs.load_state_dict(saved)
+        assert float(next(iter(theirs.state.values()))["step"]) == clock
+
+
 def test_compressed_state_is_saved_as_it_is(backend: Backend) -> None:
     param = backend.parameter(torch.ones(4096), torch.bfloat16)
     optimizer = backend.optimizer([param], master="split8", moments="8bit")
