@@ -8,13 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Problem, assert_same, by_name, snapshot
+from cases import Problem, assert_same, by_name, grad_of, set_grad, snapshot
 from conftest import Backend
 
 from fused_sched import schedules
 
 RAMP = schedules.linear(0.01, 0.05, 4)
-CONTINUED = ["defaults", "groups_of_their_own", "bf16_with_master", "all_dtypes_without_master"]
+CONTINUED = [
+    "defaults",
+    "groups_of_their_own",
+    "bf16_with_master",
+    "all_dtypes_without_master",
+    "bf16_split8_8bit",
+    "bf16_stochastic_bf16",
+]
 
 
 def test_is_a_torch_optimizer(backend: Backend) -> None:
@@ -176,7 +183,7 @@ def test_copies_continue_alike_and_apart(name: str, way: str, updates: int, back
 
     cloned_params = [param for group in clone.param_groups for param in group["params"]]
     for param, copied in zip(problem.params, cloned_params, strict=True):
-        copied.grad = param.grad.clone()
+        set_grad(copied, grad_of(param).clone())
     clone.step()
     assert_same(snapshot(clone), snapshot(optimizer))
     assert clone.last_lr() == optimizer.last_lr()

@@ -75,6 +75,70 @@ def test_zeroed_parameter_beside_a_stale_remainder_restarts(tag: str, backend: B
     assert param.tolist()[1:] == bf16(-1e-3, -1e-3).tolist()
 
 
+# ---- the same bits everywhere ----------------------------------------------------------------------------
+
+COMBINATIONS = [
+    pytest.param(dtype, master, moments, id=f"{str(dtype)[6:]}-{master}-{moments}")
+    for dtype, masters in (
+        (torch.bfloat16, tuple(codec.MASTERS)),
+        (torch.float16, ("fp32",)),
+        (torch.float32, ("none",)),
+    )
+    for master in masters
+    for moments in codec.MOMENTS
+]
+
+
+@pytest.mark.parametrize(("dtype", "master", "moments"), COMBINATIONS)
+def test_special_values_give_the_same_bits(
+    dtype: torch.dtype, master: str, moments: str, beside_cpu: Backend, get_backend: Any
+) -> None:
+    specials = torch.tensor(SPECIALS, dtype=torch.float64).to(dtype)
+    start, grad = torch.cartesian_prod(specials, specials).unbind(1)
+    results = []
+    for backend in (get_backend("cpu"), beside_cpu):
+        param = backend.parameter(start, dtype)
+        optimizer = backend.optimizer([param], lr=0.1, weight_decay=0.1, master=master, moments=moments)
+        for turned in (False, True, False):  # other neighbours in a group
+            param.grad = (grad.flip(0) if turned else grad).clone().to(backend.device)
+            optimizer.step()
+        results.append(snapshot(optimizer))
+    assert_same(results[1], results[0])
+
+
+@pytest.mark.parametrize(("dtype", "master", "moments"), COMBINATIONS)
+def test_large_misaligned_tensors_give_the_same_bits(
+    dtype: torch.dtype, master: str, moments: str, beside_cpu: Backend, get_backend: Any
+) -> None:
+    """More than a tile of the CPU's loops (512 elements) and a thread's share (32,768), beginning and ending anywhere,
+    on one thread and on several."""
+
+    def run(backend: Backend) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(6)
+
+        def numbers(size: int, shift: int) -> torch.Tensor:
+            return torch.randn(size + shift, generator=generator).to(backend.device, dtype)[shift:]
+
+        params = [numbers(size, shift).requires_grad_() for size, shift in ((513, 1), (70_001, 3), (4_095, 0))]
+        optimizer = backend.optimizer(params, lr=1e-2, weight_decay=0.1, master=master, moments=moments, seed=2)
+        for shift in (0, 5):
+            for param in params:
+                param.grad = numbers(param.numel(), shift)
+            optimizer.step()
+        return snapshot(optimizer)
+
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 5):
+            torch.set_num_threads(threads)
+            results.append(run(get_backend("cpu")))
+    finally:
+        torch.set_num_threads(before)
+    assert_same(results[1], results[0])
+    assert_same(run(beside_cpu), results[0])
+
+
 # ---- stochastic rounding in training ---------------------------------------------------------------------
 
 
