@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from conftest import Backend
 from make_readme import Bound
 
-from fused_sched import FusedScheduledAdam, codec, precision
+from fused_sched import FusedScheduledAdam, backends, codec, precision
 
 REMEDY = "run `make docs`"
 
@@ -44,6 +45,49 @@ def test_picture_shows_what_was_measured() -> None:
 def test_place_of_a_table_must_be_marked() -> None:
     with pytest.raises(ValueError, match="must mark the place of formats once, got 0"):
         make_readme.page("")
+
+
+# ---- one table -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "streams", "message"),
+    [
+        (codec.MASTERS, "split4", (), r"disagree on MASTERS: .*split4.*; rebuild"),
+        (codec.MOMENTS, "4bit", codec.MOMENTS["8bit"], r"disagree on MOMENTS: .*4bit.*; rebuild"),
+        (codec.MASTERS, "split8", codec.MASTERS["split16"], "other bytes per element; rebuild"),
+        (codec.MOMENTS, "bf16", codec.MOMENTS["fp32"], "other bytes per element; rebuild"),
+    ],
+)
+def test_format_that_only_one_side_knows_stops_the_import(
+    table: dict[str, tuple[codec.Stream, ...]],
+    name: str,
+    streams: tuple[codec.Stream, ...],
+    message: str,
+    compiled: Backend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = backends.select(compiled.name, compiled.device).module
+    assert module is not None
+    backends.register("again", module)  # nothing is wrong yet
+    del backends._registered["again"]
+    monkeypatch.setitem(table, name, streams)
+    with pytest.raises(ImportError, match=message):
+        backends.register("again", module)
+    assert "again" not in backends._registered
+
+
+@pytest.mark.parametrize("master", ["split16", "split8", "stochastic"])
+def test_compiled_code_refuses_what_the_package_does(
+    master: str, compiled: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(precision._MASTERS_OF, torch.float16, (master,))
+    param = compiled.parameter([1.0, 2.0], torch.float16)
+    param.grad = torch.ones_like(param)
+    optimizer = compiled.optimizer([param], master=master)
+    with pytest.raises((ValueError, RuntimeError), match=f'no update for fp16 .* master "{master}"'):
+        optimizer.step()
+    assert param.tolist() == [1.0, 2.0]
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------
