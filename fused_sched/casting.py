@@ -48,7 +48,7 @@ def cast_to_bf16(model: _Module, keep: Iterable[str] = ()) -> _Module:
         if id(param) not in kept and param.dtype in _CAST:
             grad, param.grad = param.grad, None
             param.data = param.data.to(torch.bfloat16)
-            # A dtype that was set for gradients stays (`p.grad_dtype`, torch 2.9); else they follow the parameter.
+            # A dtype that was set for gradients (`p.grad_dtype`, where torch has it) stays.
             wanted = getattr(param, "grad_dtype", None) or torch.bfloat16
             param.grad = None if grad is None else grad.to(wanted)
     return model

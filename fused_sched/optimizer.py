@@ -156,6 +156,8 @@ class FusedScheduledAdam(ExactParameters):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Apply one update to every parameter that has a gradient; returns the closure's loss.
 
+        The gradient is `p.grad`, else `p.main_grad`, of any dtype; `zero_grad()` leaves the latter alone.
+
         Raises TypeError, ValueError or RuntimeError, before anything has changed, if a gradient, a parameter or an
         option is unusable.
 

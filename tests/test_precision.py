@@ -186,3 +186,30 @@ def test_main_grad_is_used_where_grad_is_missing(backend: Backend) -> None:
         optimizer.step()
         snapshots.append(snapshot(optimizer))
     assert_same(snapshots[0], snapshots[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_main_grad_of_compressed_formats(dtype: torch.dtype, backend: Backend) -> None:
+    """Read in its own dtype, with the bits that a float32 gradient of the same values gives; `p.grad` comes first, and
+    zero_grad() leaves it to whoever keeps it."""
+    values = torch.linspace(-1, 1, 37, dtype=dtype, device=backend.device)
+    snapshots = []
+    for grad in (values, values.float()):
+        param = backend.parameter(torch.ones(37), torch.bfloat16)
+        param.main_grad = grad  # type: ignore[attr-defined]
+        optimizer = backend.optimizer([param], lr=0.1, master="split8", moments="8bit")
+        optimizer.step()
+        optimizer.zero_grad()
+        assert param.main_grad is grad  # type: ignore[attr-defined]
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+        assert same_bits(param.main_grad, grad)  # type: ignore[attr-defined]
+        snapshots.append(snapshot(optimizer))
+    assert_same(snapshots[0], snapshots[1])
+    again = backend.parameter(torch.ones(37), torch.bfloat16)
+    optimizer = backend.optimizer([again], lr=0.1, master="split8", moments="8bit")
+    for grad in (values.to(again), torch.zeros_like(again)):
+        again.grad = grad
+        optimizer.step()
+    if dtype == torch.bfloat16:
+        assert_same(snapshot(optimizer), snapshots[0])
