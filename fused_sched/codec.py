@@ -61,8 +61,10 @@ _INFINITY = 0x7F800000
 _NAN = 0x7FC00000
 _BINADE = 1 << 23
 
-#: The draw that makes a stochastic rounding one to nearest.
-_NEAREST = 0x8000
+#: The random bits that make a stochastic rounding one to nearest: of those that use their upper bits, and of the first
+#: moment in 8 bits, which uses the lower ones.
+_NEAREST = 1 << 31
+_NEAREST_FIRST = 1 << 19
 
 
 # ---- random bits (csrc/core/rounding.h) ------------------------------------------------------------------
@@ -94,14 +96,14 @@ def _mix_64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def random_bits(key: RandomKey, numel: int, device: torch.device) -> torch.Tensor:
-    """32 bits for each element, as int64."""
-    element = torch.arange(numel, dtype=torch.int64, device=device)
+def random_bits(key: RandomKey, element: torch.Tensor) -> torch.Tensor:
+    """32 bits for each element (int64 indices), as int64: a hash of the even ones, whose halves neighbours exchange."""
     second = (key.second + (element >> 32) * 0x9E3779B9) & _WORD
-    x = (element & _WORD) ^ key.first
+    x = (element & (_WORD - 1)) ^ key.first
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
     x = ((x ^ (x >> 15) ^ second) * 0x846CA68B) & _WORD
-    return x ^ (x >> 16)
+    x = x ^ (x >> 16)
+    return torch.where(element % 2 == 1, x >> 16 | (x & 0xFFFF) << 16, x)
 
 
 # ---- bits ------------------------------------------------------------------------------------------------
@@ -169,8 +171,8 @@ def encode_master(
         upper = (bits + 0x80) >> 8
         return _bfloat16((upper + 0x80) >> 8, nan), _signed(torch.where(nan, 0, upper), 8).to(torch.int8)
     if master == "stochastic":
-        draw = _draw(key, weight, parameter=True) & 0xFFFF
-        return _bfloat16((bits + draw) >> 16, nan), None
+        draw = torch.full_like(bits, _NEAREST) if key is None else _random_like(weight, key_of_parameter(key))
+        return _bfloat16((bits + (draw >> 16)) >> 16, nan), None
     return weight.to(dtype), None
 
 
@@ -196,10 +198,8 @@ def _round_beside_master(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     return _bfloat16((bits + 0x8000) >> 16, _is_nan(bits))
 
 
-def _draw(key: RandomKey | None, like: torch.Tensor, parameter: bool = False) -> torch.Tensor:
-    if key is None:
-        return torch.full(like.shape, _NEAREST << 16 | _NEAREST, dtype=torch.int64, device=like.device)
-    return random_bits(key_of_parameter(key) if parameter else key, like.numel(), like.device)
+def _random_like(like: torch.Tensor, key: RandomKey) -> torch.Tensor:
+    return random_bits(key, torch.arange(like.numel(), dtype=torch.int64, device=like.device))
 
 
 # ---- moments (csrc/core/moments.h) -----------------------------------------------------------------------
@@ -220,18 +220,22 @@ def encode_moments(
     moments: str, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, key: RandomKey | None = None
 ) -> dict[str, torch.Tensor]:
     """float32 moments in memory order as the streams of a compressed format; without a key, to nearest."""
-    draw = _draw(key, exp_avg)
+    if key is None:
+        random_of_first = torch.full(exp_avg.shape, _NEAREST_FIRST, dtype=torch.int64, device=exp_avg.device)
+        random = torch.full_like(random_of_first, _NEAREST)
+    else:
+        random_of_first = random = _random_like(exp_avg, key)
     if moments == "bf16":
-        return {"exp_avg": exp_avg.to(torch.bfloat16), "exp_avg_sq": _encode_second_bf16(exp_avg_sq, draw & 0xFFFF)}
+        return {"exp_avg": exp_avg.to(torch.bfloat16), "exp_avg_sq": _encode_second_bf16(exp_avg_sq, random)}
     coded = {}
-    for name, value, bits in (("exp_avg", exp_avg, draw >> 16), ("exp_avg_sq", exp_avg_sq, draw & 0xFFFF)):
+    for name, value, bits in (("exp_avg", exp_avg, random_of_first), ("exp_avg_sq", exp_avg_sq, random)):
         coded[f"{name}_code"], coded[f"{name}_scale"] = _encode_8bit(name, value, bits)
     return coded
 
 
-def _encode_second_bf16(value: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+def _encode_second_bf16(value: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
     bits = _bits(value)
-    upper = (bits + draw) >> 16
+    upper = (bits + (random >> 16)) >> 16
     return _bfloat16(torch.where((upper == 0) & (value > 0), 1, upper), _is_nan(bits))
 
 
@@ -248,7 +252,7 @@ def _decode_8bit(name: str, codes: torch.Tensor, scales: torch.Tensor) -> torch.
     return _float(magnitude | (stored & 0x80) << 24 if signed else magnitude)
 
 
-def _encode_8bit(name: str, value: torch.Tensor, draw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _encode_8bit(name: str, value: torch.Tensor, random: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     mantissa = _MANTISSA[name]
     signed, dropped = name == "exp_avg", 23 - mantissa
     bits = _bits(value)
@@ -262,8 +266,8 @@ def _encode_8bit(name: str, value: torch.Tensor, draw: torch.Tensor) -> tuple[to
     smallest_normal = base + _BINADE
     subnormal = _bits(_float(magnitude) + _float(smallest_normal)) - smallest_normal
     position = torch.where(magnitude < smallest_normal, subnormal, magnitude - base)
-    below = dropped - 16
-    code = (position + (draw << below) + (1 << (below - 1))) >> dropped
+    draw = random & ((1 << dropped) - 1) if signed else random >> (32 - dropped)
+    code = (position + draw) >> dropped
     code = code | (bits >> 24 & 0x80) if signed else torch.where((code == 0) & (magnitude != 0), 1, code)
     return torch.where(finite, code, (16 << mantissa) - 1).to(torch.uint8), scales.to(torch.uint8)
 

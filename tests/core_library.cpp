@@ -62,7 +62,7 @@ void decode_master(const char* tag, const uint16_t* param, const int32_t* kept, 
   decode_with<MasterStochastic>(param, kept, count, weight);
 }
 
-// 8-bit moments: first is not zero for exp_avg, zero for exp_avg_sq. random: 16 bits each.
+// 8-bit moments: first is not zero for exp_avg, zero for exp_avg_sq. random: 32 bits each.
 void encode_8bit(int32_t first, const float* value, const uint32_t* random, int64_t count, uint8_t* code,
                  uint8_t* scale) {
   if (first) return encode_groups<Moments8bit::First<float>>(value, random, count, code, scale);

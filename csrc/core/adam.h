@@ -38,32 +38,44 @@ struct StepScalars {
 // element is off by up to 2.6e-6, and under a constant gradient every fp32 average stalls within 1.4e-5.) For
 // beta < 0.5 the average is nearer to the new value than to the old one, and starting there keeps a large old value
 // from swallowing a small new one (beta = 0 gives the new value).
-template <class T>
-FS_HD T moving_average(T old_value, T new_value, T distance, T rate, bool from_new) {
+template <class V, class T>
+FS_HD V moving_average(V old_value, V new_value, V distance, T rate, bool from_new) {
   return multiply_add(rate, distance, from_new ? new_value : old_value);
 }
 
 // The first half of an element's update: both moments, from the weight before it. kAmsgrad: and their maximum.
-template <bool kAmsgrad, class T>
-FS_HD void update_moments(T weight, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq, T grad, const StepScalars<T>& s) {
-  T g = grad * s.grad_factor;
+// V: T, or a vector of them.
+template <bool kAmsgrad, class V, class T>
+FS_HD void update_moments(V weight, V& exp_avg, V& exp_avg_sq, V& max_exp_avg_sq, V grad, const StepScalars<T>& s) {
+  V g = grad * s.grad_factor;
   g = (s.flags & kL2Decay) ? multiply_add(s.decay, weight, g) : g;
   exp_avg = moving_average(exp_avg, g, g - exp_avg, s.first_rate, (s.flags & kFirstFromGrad) != 0);
   exp_avg_sq = moving_average(exp_avg_sq, g * g, multiply_add(g, g, -exp_avg_sq), s.second_rate,
                               (s.flags & kSecondFromGrad) != 0);
-  if (kAmsgrad) max_exp_avg_sq = exp_avg_sq <= max_exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;
+  if constexpr (kAmsgrad) max_exp_avg_sq = exp_avg_sq <= max_exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;
 }
 
-// The second half: the weight. second: the second moment, or with amsgrad the largest seen so far.
-template <class T>
-FS_HD void update_weight(T& weight, T exp_avg, T second, const StepScalars<T>& s) {
-  const T decayed = (s.flags & kDecoupledDecay) ? multiply_add(-s.decay, weight, weight) : weight;
-  const T denominator = multiply_add(square_root(second), s.inv_sqrt_bias2, s.eps);
-  weight = multiply_add(-s.step_size, exp_avg / denominator, decayed);
+// The direction of the step, m / (sqrt(v)/sqrt(bc2) + eps). second: the second moment, or with amsgrad the largest seen
+// so far.
+template <class V, class T>
+FS_HD V direction(V exp_avg, V second, const StepScalars<T>& s) {
+  return exp_avg / multiply_add(square_root(second), s.inv_sqrt_bias2, s.eps);
 }
 
-template <bool kAmsgrad, class T>
-FS_HD void adam_update(T& weight, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq, T grad, const StepScalars<T>& s) {
+template <class V, class T>
+FS_HD V moved_weight(V weight, V along, const StepScalars<T>& s) {
+  const V decayed = (s.flags & kDecoupledDecay) ? multiply_add(-s.decay, weight, weight) : weight;
+  return multiply_add(-s.step_size, along, decayed);
+}
+
+// The second half: the weight.
+template <class V, class T>
+FS_HD void update_weight(V& weight, V exp_avg, V second, const StepScalars<T>& s) {
+  weight = moved_weight(weight, direction(exp_avg, second, s), s);
+}
+
+template <bool kAmsgrad, class V, class T>
+FS_HD void adam_update(V& weight, V& exp_avg, V& exp_avg_sq, V& max_exp_avg_sq, V grad, const StepScalars<T>& s) {
   update_moments<kAmsgrad>(weight, exp_avg, exp_avg_sq, max_exp_avg_sq, grad, s);
   update_weight(weight, exp_avg, kAmsgrad ? max_exp_avg_sq : exp_avg_sq, s);
 }

@@ -52,7 +52,7 @@ struct MasterStochastic {
   }
   template <class Param>
   static FS_HD void encode(float weight, uint32_t random, typename Param::Storage& param, Storage&) {
-    param = round_stochastically(weight, random & 0xffffu);
+    param = round_stochastically(weight, random >> 16);
   }
 };
 

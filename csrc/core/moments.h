@@ -19,7 +19,10 @@
 FS_NAMESPACE_BEGIN
 
 // Every codec has: Storage, in memory; Code, the same in a register, which vectorised loops want as wide as a float;
-// decode and encode, from and to a Code. What codes without a scale are given in its place:
+// decode and encode, from and to a Code. random: 32 uniform bits, of which the first moment's codec uses the lower
+// ones and the second's the upper ones, as many as the rounding drops: its mean is exact. (Three of each 8-bit
+// draw's last bits are the other's first; they weigh 2^-16 of a step.) What codes without a scale are given in its
+// place:
 struct Unscaled {
   FS_HD explicit Unscaled(uint32_t) {}
 };
@@ -47,13 +50,15 @@ struct Bfloat16Second {
   using Scale = Unscaled;
   static FS_HD float decode(Code code, Scale) { return float_of(code << 16); }
   static FS_HD Code encode(float value, Scale, uint32_t random) {
-    const uint32_t rounded = round_stochastically(value, random);
+    const uint32_t rounded = round_stochastically(value, random >> 16);
     const uint32_t least = bits_of(value) != 0u ? 1u : 0u;
     return rounded > least ? rounded : least;
   }
 };
 
 constexpr uint32_t kBinade = 1u << 23;  // from a float's bits to those of its double
+
+FS_HD uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 // The power of two that a group's codes count from.
 struct BinaryScale {
@@ -90,15 +95,15 @@ struct Float8 {
     return float_of(sign | (position == kNan << kDropped ? 0x7fc00000u : magnitude));
   }
 
-  // random: 16 uniform bits, placed so that they stand for the middle of the interval they leave open: the mean
-  // is exact to 2^-17 of a code's step.
+  // A subnormal's place is that of 1 + x among the floats, a normal one's that of 2x, whichever is larger: 2x from x =
+  // 1 on, where x is in units of the smallest normal value.
   static FS_HD Code encode(float value, Scale scale, uint32_t random) {
-    constexpr int kBelow = kDropped - 16;
+    const uint32_t draw = kSigned ? random & ((1u << kDropped) - 1u) : random >> (32 - kDropped);
     const uint32_t magnitude = bits_of(value) & kMagnitudeMask;
     const uint32_t smallest_normal = scale.base + kBinade;
-    const uint32_t subnormal = bits_of(float_of(magnitude) + scale.smallest_normal) - smallest_normal;
-    const uint32_t position = magnitude < smallest_normal ? subnormal : magnitude - scale.base;
-    uint32_t code = (position + (random << kBelow) + (1u << (kBelow - 1))) >> kDropped;
+    const uint32_t subnormal = bits_of(float_of(magnitude) + scale.smallest_normal);
+    const uint32_t position = larger(subnormal, magnitude + kBinade) - smallest_normal;
+    uint32_t code = (position + draw) >> kDropped;
     if (kSigned) {
       code |= (bits_of(value) >> 24) & 0x80u;
     } else {
@@ -114,8 +119,6 @@ FS_HD uint32_t finite_magnitude(float value) {
   const uint32_t magnitude = bits_of(value) & kMagnitudeMask;
   return magnitude < kInfinityBits ? magnitude : 0u;
 }
-
-FS_HD uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 // First<T>, Second<T>: codecs of moments that are computed as T. kGroup: elements per scale, 1 without scales.
 // kExact: nothing is rounded, and nothing drawn.
@@ -146,9 +149,5 @@ struct Moments8bit {
   static constexpr int kGroup = 16;
   static constexpr bool kExact = false;
 };
-
-// The two halves of random_bits(key, element).
-FS_HD uint32_t draw_of_first(uint32_t random) { return random >> 16; }
-FS_HD uint32_t draw_of_second(uint32_t random) { return random & 0xffffu; }
 
 FS_NAMESPACE_END

@@ -26,15 +26,12 @@ FS_HD uint16_t round_away(float value) {
 }
 
 // To one of the two neighbours, up with the probability that makes the mean exact: bfloat16 drops 16 bits, and
-// `random` is 16 uniform bits. Infinities and NaNs stay what they are; beyond the largest bfloat16 the upper
+// `draw` is 16 uniform bits. Infinities and NaNs stay what they are; beyond the largest bfloat16 the upper
 // neighbour is infinity.
-FS_HD uint16_t round_stochastically(float value, uint32_t random) {
+FS_HD uint16_t round_stochastically(float value, uint32_t draw) {
   const uint32_t bits = bits_of(value);
-  return static_cast<uint16_t>(is_nan_bits(bits) ? kBfloat16Nan : (bits + random) >> 16);
+  return static_cast<uint16_t>(is_nan_bits(bits) ? kBfloat16Nan : (bits + draw) >> 16);
 }
-
-// The draw with which a stochastic rounding becomes one to nearest, ties away from zero.
-constexpr uint32_t kDrawNearest = 0x8000u;
 
 // What the random bits of one tensor's elements in one update depend on.
 struct RandomKey {
@@ -72,13 +69,23 @@ FS_HD RandomKey key_of_parameter(RandomKey key) {
   return key;
 }
 
-// 32 bits for one element. A counter-based generator needs no state, so that CPU, CUDA and plain torch draw the
-// same: Wellons' lowbias32 (github.com/skeeto/hash-prospector; bias 0.17 of a perfect hash's 0), keyed twice.
-FS_HD uint32_t random_bits(RandomKey key, uint32_t element) {
-  uint32_t x = element ^ key.first;
+// 32 bits for a pair of neighbours, by the even one's index. A counter-based generator needs no state, so that CPU,
+// CUDA and plain torch draw the same: Wellons' lowbias32 (github.com/skeeto/hash-prospector; bias 0.17 of a perfect
+// hash's 0), keyed twice.
+FS_HD uint32_t random_bits_of_pair(RandomKey key, uint32_t even_element) {
+  uint32_t x = even_element ^ key.first;
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15) ^ key.second) * 0x846ca68bu;
   return x ^ (x >> 16);
+}
+
+FS_HD uint32_t exchange_halves(uint32_t random) { return random >> 16 | random << 16; }
+
+// 32 bits for one element, of which the upper half serves one moment and the lower the other. Its neighbour has the
+// halves the other way round: the draws for one moment stay independent, and half of the hashing is saved.
+FS_HD uint32_t random_bits(RandomKey key, uint32_t element) {
+  const uint32_t random = random_bits_of_pair(key, element & ~1u);
+  return element & 1u ? exchange_halves(random) : random;
 }
 
 FS_NAMESPACE_END

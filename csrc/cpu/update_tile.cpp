@@ -5,14 +5,19 @@
 
 #include <type_traits>
 
+#if defined(__AVX512BW__)
+#include "block_avx512.h"
+#endif
 #include "../core/adam.h"
 #include "../core/codec.h"
 
 FS_NAMESPACE_BEGIN
 namespace {
 
-// Up to four staged floats per element and the streams they come from: 16 KB and about 10 of a 32 KB cache.
-constexpr int64_t kTile = 512;
+// Up to four staged floats per element, 4 KB, and the streams they come from stay in a 32 KB cache beside those of two
+// tiles ahead. 512 elements, one ahead, took 9% longer from memory (split16 + bf16 and split8 + 8bit).
+constexpr int64_t kTile = 256;
+constexpr int64_t kPrefetchDistance = 2 * kTile;
 
 // A run from one of its elements on, for one tile.
 struct Place {
@@ -179,8 +184,8 @@ void update_coded(float* __restrict weight, const float* __restrict grad, uint32
     float unused = 0.0f;
     adam_update<false>(weight[i], first, second, unused, grad[i], scalars);
     const uint32_t random = random_bits(key, first_element + i);
-    exp_avg[i] = First::encode(first, none, draw_of_first(random));
-    exp_avg_sq[i] = Second::encode(second, none, draw_of_second(random));
+    exp_avg[i] = First::encode(first, none, random);
+    exp_avg_sq[i] = Second::encode(second, none, random);
   }
 }
 
@@ -241,8 +246,8 @@ void update_groups(float* __restrict weight, const float* __restrict grad, uint3
     for (uint32_t i = 0; i < kGroup; ++i) {
       const uint32_t random = random_bits(key, first_of_group + i);
       update_weight(weight[begin + i], first[begin + i], second[begin + i], scalars);
-      exp_avg[begin + i] = First::encode(first[begin + i], first_scale, draw_of_first(random));
-      exp_avg_sq[begin + i] = Second::encode(second[begin + i], second_scale, draw_of_second(random));
+      exp_avg[begin + i] = First::encode(first[begin + i], first_scale, random);
+      exp_avg_sq[begin + i] = Second::encode(second[begin + i], second_scale, random);
     }
   }
 }
@@ -301,7 +306,7 @@ void update_tile(const Place& place, T* weight, const T* grad, Tile<T>& tile) {
   }
 }
 
-// Asks for the streams of the next tile while this one is computed. The processor's own prefetcher begins anew at every
+// Asks for the streams of a later tile while this one is computed. The processor's own prefetcher begins anew at every
 // page of every stream, and what is computed between two reads of a stream is too long for it to run ahead.
 inline void prefetch(const void* stream, int64_t first_byte, int64_t bytes) {
   const char* const begin = static_cast<const char*>(stream) + first_byte;
@@ -323,12 +328,12 @@ inline void prefetch_tile(const fs_run& run, int64_t first) {
 }
 
 template <class Param>
-void update_run(const fs_run& run) {
+void update_tiles(const fs_run& run, int64_t begin, int64_t end) {
   using T = typename Param::Compute;
   Tile<T> tile;
-  for (int64_t first = 0; first < run.count; first += kTile) {
-    const Place place = {run, first, run.count - first < kTile ? run.count - first : kTile};
-    prefetch_tile(run, first + kTile);
+  for (int64_t first = begin; first < end; first += kTile) {
+    const Place place = {run, first, end - first < kTile ? end - first : kTile};
+    prefetch_tile(run, first + kPrefetchDistance);
     const T* const grad = stage_grad(place, tile.grad);
     T* const weight = stage_weight<Param>(place, tile.weight);
     switch (run.moments_format) {
@@ -339,6 +344,17 @@ void update_run(const fs_run& run) {
     }
     store_weight<Param>(place, weight);
   }
+}
+
+template <class Param>
+void update_run(const fs_run& run) {
+  int64_t first = 0;
+#if defined(__AVX512BW__)
+  if (has_blocks(run)) {
+    first = update_blocks(run, [&run](int64_t begin) { update_tiles<Param>(run, begin, begin + kBlock); });
+  }
+#endif
+  update_tiles<Param>(run, first, run.count);
 }
 
 }  // namespace

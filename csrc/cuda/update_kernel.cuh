@@ -35,10 +35,8 @@ FS_DEVICE void encode_moments(Stored<Instance>& stored, int i, typename Instance
   using First = typename Instance::First;
   using Second = typename Instance::Second;
   const uint32_t random = Instance::kExactMoments ? 0u : random_bits(key, element);
-  stored.exp_avg.element[i] =
-      First::encode(exp_avg, typename First::Scale(stored.exp_avg_scale), draw_of_first(random));
-  stored.exp_avg_sq.element[i] =
-      Second::encode(exp_avg_sq, typename Second::Scale(stored.exp_avg_sq_scale), draw_of_second(random));
+  stored.exp_avg.element[i] = First::encode(exp_avg, typename First::Scale(stored.exp_avg_scale), random);
+  stored.exp_avg_sq.element[i] = Second::encode(exp_avg_sq, typename Second::Scale(stored.exp_avg_sq_scale), random);
 }
 
 template <class Instance>
@@ -129,7 +127,8 @@ FS_DEVICE void update_elements(const UpdateTable& table, int tensor, int tile,
   Stored<Instance> stored = load(at);
   const Elements<Instance> grad = load_grad<Instance>(table, tensor, at.first, at.count);
   key = key_from(key, at.first);
-  const uint32_t first_element = static_cast<uint32_t>(at.first);
+  // Even already; said, so that neighbours share a hash.
+  const uint32_t first_element = static_cast<uint32_t>(at.first) & ~1u;
 
   if constexpr (Instance::kHasScales) {
     update_group(stored, grad, scalars, key, first_element);

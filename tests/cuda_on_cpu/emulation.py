@@ -80,7 +80,8 @@ _MASK = (1 << 64) - 1
 
 
 def random_words(seed: int, clock: int, ordinal: int, numel: int) -> tuple[npt.NDArray, npt.NDArray]:
-    """32 bits per element for the moments, and 32 for the parameter's own rounding."""
+    """32 bits per element for the moments, and 32 for the parameter's own rounding. Neighbours share a hash, the odd
+    one with its halves exchanged."""
     key = 0
     for word in (seed, clock, ordinal):
         key = (key ^ word) + 0x9E3779B97F4A7C15 & _MASK
@@ -89,10 +90,12 @@ def random_words(seed: int, clock: int, ordinal: int, numel: int) -> tuple[npt.N
         key ^= key >> 31
 
     def words(first: int) -> npt.NDArray[np.uint32]:
-        x = np.arange(numel, dtype=np.uint32) ^ np.uint32(first)
+        element = np.arange(numel, dtype=np.uint32)
+        x = (element - element % 2) ^ np.uint32(first)
         x = (x ^ x >> 16) * np.uint32(0x7FEB352D)
         x = (x ^ x >> 15 ^ np.uint32(key >> 32)) * np.uint32(0x846CA68B)
-        return x ^ x >> 16
+        x = x ^ x >> 16
+        return np.where(element % 2 == 1, x >> 16 | x << 16, x)
 
     first = key & 0xFFFFFFFF
     return words(first), words(first ^ 0xA511E9B3)
@@ -117,20 +120,22 @@ def decode_moment(stored: dict[str, npt.NDArray[np.generic]], name: str, moments
         return (sign * np.where(code == (16 << mantissa) - 1, np.nan, value)).astype(np.float32)
 
 
-def encode_moments(moments: str, exp_avg: Array, exp_avg_sq: Array, first: npt.NDArray, second: npt.NDArray) -> dict:
-    """What is stored of float32 moments; `first`, `second`: 16 random bits each per element."""
+def encode_moments(moments: str, exp_avg: Array, exp_avg_sq: Array, random: npt.NDArray) -> dict:
+    """What is stored of float32 moments; `random`: 32 bits per element, the lowest for the first, the highest for the
+    second moment."""
     if moments == "bf16":
         bits = exp_avg_sq.view(np.uint32).astype(np.uint64)
-        rounded = np.where(np.isnan(exp_avg_sq), 0x7FFF, (bits + second) >> 16).astype(np.uint16)
+        rounded = np.where(np.isnan(exp_avg_sq), 0x7FFF, (bits + (random >> 16)) >> 16).astype(np.uint16)
         rounded = np.where((rounded == 0) & (exp_avg_sq > 0), np.uint16(1), rounded)
         return {"exp_avg": encode(exp_avg, "bf16"), "exp_avg_sq": rounded}
     stored = {}
-    for name, value, draw in (("exp_avg", exp_avg, first), ("exp_avg_sq", exp_avg_sq, second)):
-        stored[name], stored[f"{name}_scale"] = _encode_8bit(name, value, draw)
+    draws = {"exp_avg": (random % 2**20) / 2.0**20, "exp_avg_sq": (random >> 13) / 2.0**19}
+    for name, value in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        stored[name], stored[f"{name}_scale"] = _encode_8bit(name, value, draws[name])
     return stored
 
 
-def _encode_8bit(name: str, value: Array, draw: npt.NDArray) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+def _encode_8bit(name: str, value: Array, draw: Array) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     steps = 1 << MANTISSA[name]
     finite = np.isfinite(value)
     x = np.where(finite, np.abs(value), 0.0).astype(np.float64)
@@ -150,7 +155,7 @@ def _encode_8bit(name: str, value: Array, draw: npt.NDArray) -> tuple[npt.NDArra
         below / smallest_normal,
         own + 127 - of_element + np.where(x > 0.0, x / np.ldexp(1.0, own) - 1.0, 0.0),
     )
-    code = np.floor(position * steps + (draw + 0.5) / 65536.0).astype(np.int64)
+    code = np.floor(position * steps + draw).astype(np.int64)
     if name == "exp_avg_sq":
         code = np.where((code == 0) & (x > 0.0), 1, code)
     sign = np.signbit(value) * 0x80 if name == "exp_avg" else 0
@@ -192,7 +197,7 @@ def update(
         v_new = fma(second, fma(g, g, -v), g * g if flags & abi.SECOND_FROM_GRAD else v)
         kept = {"exp_avg": m_new, "exp_avg_sq": v_new}
         if moments != "fp32":
-            kept = encode_moments(moments, m_new, v_new, of_moments >> 16, of_moments & 0xFFFF)
+            kept = encode_moments(moments, m_new, v_new, of_moments)
         for slot, values in kept.items():
             stored[slot][:] = values
         m, v = m_new, v_new
@@ -208,7 +213,7 @@ def update(
         if master == "fp32":
             stored["master"][:] = w
         if master == "stochastic":
-            bits = w.view(np.uint32).astype(np.uint64) + (of_param & 0xFFFF)
+            bits = w.view(np.uint32).astype(np.uint64) + (of_param >> 16)
             stored["param"][:] = np.where(np.isnan(w), 0x7FFF, bits >> 16).astype(np.uint16)
             return
         stored["param"][:] = encode(w, param_name, beside_master=master == "fp32")

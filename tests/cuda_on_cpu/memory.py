@@ -208,8 +208,8 @@ class Problem:
                 for slot, values in moments.items():
                     state[slot][:n] = values
             else:
-                nearest = np.full(n, 0x8000, np.uint32)
-                for slot, stored in emulation.encode_moments(spec.moments, *moments.values(), nearest, nearest).items():
+                middle = np.full(n, 0x80080000, np.uint32)  # of both moments' draws
+                for slot, stored in emulation.encode_moments(spec.moments, *moments.values(), middle).items():
                     state[slot][: spec.entries(slot)] = stored
             if spec.amsgrad:
                 state["max_exp_avg_sq"][:n] = np.abs(draw())

@@ -1,0 +1,363 @@
+// The update of 64 elements in AVX-512 registers: the whole blocks of runs with compressed moments. The loops of
+// update_tile.cpp leave these formats to the compiler, which spends 175 vector instructions on 16 elements of
+// split8 + 8bit; here it is some 70, because
+//   - a vector holds every second element, so that 16-bit streams widen and narrow with shifts and masks,
+//   - 8-bit codes are decoded as fp16, whose subnormals are the codes', times a power of two,
+//   - one hash serves two vectors (random_bits), and one tree of maxima both moments' scales,
+//   - NaNs and infinities are not handled: a block with one is not stored, and the tile loop does it over.
+// The bits are those of core/'s codecs: tests/test_cpu_blocks.py compares. Included by update_tile.cpp.
+#pragma once
+
+#include "lanes_avx512.h"
+
+#include "../core/codec.h"
+#include "update_tile.h"
+
+FS_NAMESPACE_BEGIN
+namespace {
+
+// ---- gradients -------------------------------------------------------------------------------------
+
+FS_HD void load_grad(int32_t format, const void* from, Floats& grad) {
+  switch (format) {
+    case kFloat32: load_floats(static_cast<const float*>(from), grad); break;
+    case kBfloat16: load_words(static_cast<const uint16_t*>(from), grad); break;
+    default: load_halves(static_cast<const uint16_t*>(from), grad);
+  }
+}
+
+// ---- bf16 and fp32 parameters, and what is kept beside them ----------------------------------------
+
+FS_HD __m512i to_nearest_even(__m512 value) {
+  const __m512i bits = as_bits(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), all<1u>());
+  return _mm512_add_epi32(_mm512_add_epi32(bits, all<0x7fffu>()), odd);
+}
+
+FS_HD __m512i to_nearest_away(__m512i bits) { return _mm512_add_epi32(bits, all<0x8000u>()); }
+
+FS_HD void load_weight(int32_t format, int32_t master, const void* param, const void* kept, Floats& weight) {
+  if (format == kFloat32) return load_floats(static_cast<const float*>(param), weight);
+  const uint16_t* const words = static_cast<const uint16_t*>(param);
+  if (master == kMasterSplit16 || master == kMasterSplit8) {
+    for (int half = 0; half < 2; ++half) {
+      __m512i lower, carry, even, odd;
+      if (master == kMasterSplit16) {
+        lower = load_512(static_cast<const int16_t*>(kept) + 32 * half);
+        carry = _mm512_srai_epi16(lower, 15);
+      } else {
+        const __m512i remainder = _mm512_cvtepi8_epi16(load_256(static_cast<const int8_t*>(kept) + 32 * half));
+        lower = _mm512_slli_epi16(remainder, 8);
+        carry = _mm512_srai_epi16(remainder, 15);
+      }
+      join_words(_mm512_add_epi16(load_512(words + 32 * half), carry), lower, even, odd);
+      weight.lane[2 * half] = as_float(even);
+      weight.lane[2 * half + 1] = as_float(odd);
+    }
+    return;
+  }
+  load_words(words, weight);
+  if (master != kMasterFloat32) return;
+  Floats exact;
+  load_floats(static_cast<const float*>(kept), exact);
+  for (int i = 0; i < kVectors; ++i) {
+    const __m512i rounded = _mm512_and_si512(to_nearest_away(as_bits(exact.lane[i])), all<0xffff0000u>());
+    const __mmask16 matches = _mm512_cmpeq_epi32_mask(rounded, as_bits(weight.lane[i]));
+    weight.lane[i] = _mm512_mask_mov_ps(weight.lane[i], matches, exact.lane[i]);
+  }
+}
+
+FS_HD void store_weight(int32_t format, int32_t master, const Floats& weight, RandomKey key, uint32_t first_element,
+                        void* param, void* kept) {
+  if (format == kFloat32) return store_floats(static_cast<float*>(param), weight);
+  Bits rounded;
+  switch (master) {
+    case kMasterFloat32:
+      store_floats(static_cast<float*>(kept), weight);
+      for (int i = 0; i < kVectors; ++i) rounded.lane[i] = to_nearest_away(as_bits(weight.lane[i]));
+      break;
+    case kMasterSplit16:
+      for (int i = 0; i < kVectors; ++i) rounded.lane[i] = to_nearest_away(as_bits(weight.lane[i]));
+      for (int half = 0; half < 2; ++half)
+        store_512(static_cast<int16_t*>(kept) + 32 * half,
+                  lower_words(as_bits(weight.lane[2 * half]), as_bits(weight.lane[2 * half + 1])));
+      break;
+    case kMasterSplit8: {
+      __m512i words[2];
+      for (int half = 0; half < 2; ++half) {
+        __m512i upper[2];  // rounded to the upper 24 bits, in place
+        for (int i = 0; i < 2; ++i) {
+          upper[i] = _mm512_add_epi32(as_bits(weight.lane[2 * half + i]), all<0x80u>());
+          rounded.lane[2 * half + i] = to_nearest_away(upper[i]);
+        }
+        words[half] = _mm512_srli_epi16(lower_words(upper[0], upper[1]), 8);
+      }
+      store_512(static_cast<int8_t*>(kept), bytes_of_words(words[0], words[1]));
+      break;
+    }
+    case kMasterStochastic: {
+      Bits random;
+      random_of_block(key_of_parameter(key), first_element, random);
+      for (int i = 0; i < kVectors; ++i)
+        rounded.lane[i] = _mm512_add_epi32(as_bits(weight.lane[i]), _mm512_srli_epi32(random.lane[i], 16));
+      break;
+    }
+    default:
+      for (int i = 0; i < kVectors; ++i) rounded.lane[i] = to_nearest_even(weight.lane[i]);
+  }
+  store_words(static_cast<uint16_t*>(param), rounded);
+}
+
+// ---- moments ---------------------------------------------------------------------------------------
+
+// bits + draw, but at least `least` for what is not zero.
+FS_HD __m512i add_draw(__m512i bits, __m512i draw, __mmask16 not_zero, __m512i least) {
+  const __m512i drawn = _mm512_add_epi32(bits, draw);
+  return _mm512_mask_max_epu32(drawn, not_zero, drawn, least);
+}
+
+template <class MomentsCodec>
+struct BlockMoments;
+
+template <>
+struct BlockMoments<MomentsBfloat16> {
+  static FS_HD bool load(const fs_run& run, int64_t at, Floats& first, Floats& second) {
+    load_words(static_cast<const uint16_t*>(run.exp_avg) + at, first);
+    load_words(static_cast<const uint16_t*>(run.exp_avg_sq) + at, second);
+    return true;
+  }
+
+  struct Encoded {
+    Bits first, second;  // in the upper halves
+  };
+
+  // Whether both are finite; false of a second moment only, see update_block.
+  static FS_HD bool encode(const Floats& first, const Floats& second, const Bits& random, Encoded& out) {
+    __m512 zero = _mm512_setzero_ps();
+    for (int i = 0; i < kVectors; ++i) {
+      out.first.lane[i] = to_nearest_even(first.lane[i]);
+      const __m512i bits = as_bits(second.lane[i]);
+      out.second.lane[i] =
+          add_draw(bits, _mm512_srli_epi32(random.lane[i], 16), _mm512_test_epi32_mask(bits, bits), all<0x10000u>());
+      zero = _mm512_fmadd_ps(second.lane[i], _mm512_setzero_ps(), zero);
+    }
+    return _mm512_cmp_ps_mask(zero, zero, _CMP_UNORD_Q) == 0;
+  }
+
+  static FS_HD void store(const fs_run& run, int64_t at, const Encoded& encoded) {
+    store_words(static_cast<uint16_t*>(run.exp_avg) + at, encoded.first);
+    store_words(static_cast<uint16_t*>(run.exp_avg_sq) + at, encoded.second);
+  }
+};
+
+// Both moments' numbers of the block's four groups, one group per 128-bit lane: first, second, first, second.
+struct GroupNumbers {
+  __m512i all_groups;
+
+  // out[half]: the first half's or the second half's two groups, each in the lanes of its elements.
+  template <bool kSecond>
+  FS_HD void spread(__m512i out[2]) const {
+    const __m512i one_moment = _mm512_shuffle_epi32(all_groups, kSecond ? _MM_PERM_DDBB : _MM_PERM_CCAA);
+    out[0] = _mm512_shuffle_i32x4(one_moment, one_moment, 0x50);
+    out[1] = _mm512_shuffle_i32x4(one_moment, one_moment, 0xfa);
+  }
+};
+
+// In every 128-bit lane, the four largest numbers of one group's quarters.
+FS_HD __m512i largest_of_quarters(const Bits& in) {
+  const __m512i first = _mm512_max_epu32(in.lane[0], in.lane[1]);
+  const __m512i second = _mm512_max_epu32(in.lane[2], in.lane[3]);
+  return _mm512_max_epu32(_mm512_shuffle_i32x4(first, second, 0x88), _mm512_shuffle_i32x4(first, second, 0xdd));
+}
+
+FS_HD GroupNumbers largest_of_groups(const Bits& first, const Bits& second) {
+  const __m512i a = largest_of_quarters(first);
+  const __m512i b = largest_of_quarters(second);
+  const __m512i both = _mm512_max_epu32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  return {_mm512_max_epu32(both, _mm512_shuffle_epi32(both, _MM_PERM_BADC))};
+}
+
+template <>
+struct BlockMoments<Moments8bit> {
+  using First = Moments8bit::First<float>;
+  using Second = Moments8bit::Second<float>;
+
+  // Of codes read as fp16, whose smallest normal value is 2^-14: the powers of two that make a group's values of
+  // them. That of scale 240 is infinite, and the block of such a group left to the tile loop.
+  static FS_HD GroupNumbers factors(const uint8_t* first_scale, const uint8_t* second_scale) {
+    int first, second;
+    memcpy(&first, first_scale, sizeof first);
+    memcpy(&second, second_scale, sizeof second);
+    const __m128i scales = _mm_unpacklo_epi8(_mm_cvtsi32_si128(first), _mm_cvtsi32_si128(second));
+    const __m128i twice = _mm_unpacklo_epi16(scales, scales);  // first, second, first, second of each group
+    return {_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtepu8_epi32(twice), all<127 - 112>()), 23)};
+  }
+
+  // Even and odd elements of both halves, 16 bytes each.
+  static FS_HD void load_codes(const uint8_t* from, uint8_t ordered[64]) {
+    const __m512i within_lanes =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+    const __m512i separated = _mm512_shuffle_epi8(load_512(from), within_lanes);
+    store_512(ordered, _mm512_permutex_epi64(separated, 0xd8));
+  }
+
+  static FS_HD bool load(const fs_run& run, int64_t at, Floats& first, Floats& second) {
+    const uint8_t* const first_codes = static_cast<const uint8_t*>(run.exp_avg) + at;
+    const uint8_t* const second_codes = static_cast<const uint8_t*>(run.exp_avg_sq) + at;
+    alignas(64) uint8_t first_ordered[64], second_ordered[64];
+    load_codes(first_codes, first_ordered);
+    load_codes(second_codes, second_ordered);
+    const GroupNumbers factor = factors(run.exp_avg_scale + at / 16, run.exp_avg_sq_scale + at / 16);
+    __m512i first_factor[2], second_factor[2];
+    factor.spread<false>(first_factor);
+    factor.spread<true>(second_factor);
+    for (int i = 0; i < kVectors; ++i) {
+      const __m128i first_bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(first_ordered + 16 * i));
+      const __m256i with_sign = _mm256_slli_epi16(_mm256_cvtepi8_epi16(first_bytes), 7);
+      const __m256i first_half = _mm256_and_si256(with_sign, _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+      first.lane[i] = _mm512_mul_ps(_mm512_cvtph_ps(first_half), as_float(first_factor[i / 2]));
+
+      const __m128i second_bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(second_ordered + 16 * i));
+      const __m256i second_half = _mm256_slli_epi16(_mm256_cvtepu8_epi16(second_bytes), 6);
+      second.lane[i] = _mm512_mul_ps(_mm512_cvtph_ps(second_half), as_float(second_factor[i / 2]));
+    }
+    const __m512i magnitude = _mm512_and_si512(load_512(first_codes), _mm512_set1_epi8(0x7f));
+    const __mmask64 nan =
+        _mm512_cmpeq_epi8_mask(magnitude, _mm512_set1_epi8(static_cast<char>(First::kNan))) |
+        _mm512_cmpeq_epi8_mask(load_512(second_codes), _mm512_set1_epi8(static_cast<char>(Second::kNan)));
+    return nan == 0;
+  }
+
+  // Float8::encode before the shift and without the draw: the code stands above kDropped.
+  static FS_HD __m512i position(__m512i magnitude, __m512i smallest_normal) {
+    const __m512i subnormal = as_bits(_mm512_add_ps(as_float(magnitude), as_float(smallest_normal)));
+    const __m512i normal = _mm512_add_epi32(magnitude, all<kBinade>());
+    return _mm512_sub_epi32(_mm512_max_epi32(subnormal, normal), smallest_normal);
+  }
+
+  static FS_HD void store_scales(__m512i scales, uint8_t* first, uint8_t* second) {
+    const __m128i bytes = _mm512_cvtepi32_epi8(scales);  // each group's twice, alternating
+    const __m128i ordered = _mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 0, 4, 8, 12, 1, 5, 9, 13));
+    const int64_t both = _mm_cvtsi128_si64(ordered);
+    const int32_t of_first = static_cast<int32_t>(both), of_second = static_cast<int32_t>(both >> 32);
+    memcpy(first, &of_first, sizeof of_first);
+    memcpy(second, &of_second, sizeof of_second);
+  }
+
+  struct Encoded {
+    __m512i scales;
+    __m512i first_words[2], second_words[2];
+  };
+
+  static FS_HD bool encode(const Floats& first, const Floats& second, const Bits& random, Encoded& out) {
+    Bits magnitude, value;
+    for (int i = 0; i < kVectors; ++i) {
+      magnitude.lane[i] = _mm512_and_si512(as_bits(first.lane[i]), all<kMagnitudeMask>());
+      value.lane[i] = as_bits(second.lane[i]);
+    }
+    const GroupNumbers largest = largest_of_groups(magnitude, value);
+
+    constexpr int64_t kFirstUp = (2u << First::kDropped) - 1u, kSecondUp = (2u << Second::kDropped) - 1u;
+    const __m512i up = _mm512_set1_epi64(kSecondUp << 32 | kFirstUp);
+    const __m512i exponent =
+        _mm512_max_epu32(_mm512_srli_epi32(_mm512_add_epi32(largest.all_groups, up), 23), all<15u>());
+    out.scales = _mm512_sub_epi32(exponent, all<15u>());
+    const GroupNumbers smallest = {_mm512_slli_epi32(_mm512_sub_epi32(exponent, all<14u>()), 23)};
+    __m512i smallest_first[2], smallest_second[2];
+    smallest.spread<false>(smallest_first);
+    smallest.spread<true>(smallest_second);
+
+    for (int half = 0; half < 2; ++half) {
+      __m512i first_code[2], second_code[2];
+      for (int i = 0; i < 2; ++i) {
+        const int lane = 2 * half + i;
+        const __m512i first_draw = _mm512_and_si512(random.lane[lane], all<(1u << First::kDropped) - 1u>());
+        const __m512i drawn = _mm512_add_epi32(position(magnitude.lane[lane], smallest_first[half]), first_draw);
+        first_code[i] = select(all<kMagnitudeMask>(), drawn, as_bits(first.lane[lane]));
+
+        const __m512i bits = value.lane[lane];
+        const __m512i second_draw = _mm512_srli_epi32(random.lane[lane], 32 - Second::kDropped);
+        second_code[i] = add_draw(position(bits, smallest_second[half]), second_draw,
+                                  _mm512_test_epi32_mask(bits, bits), all<(1u << Second::kDropped)>());
+      }
+      const __m512i word = upper_words(first_code[0], first_code[1]);  // sign, 4 zeros, 7 bits of code, 4 of the draw
+      out.first_words[half] =
+          select(_mm512_set1_epi16(0x7f), _mm512_srli_epi16(word, First::kDropped - 16), _mm512_srli_epi16(word, 8));
+      out.second_words[half] = _mm512_srli_epi16(upper_words(second_code[0], second_code[1]), Second::kDropped - 16);
+    }
+    return _mm512_cmpge_epu32_mask(largest.all_groups, all<kInfinityBits>()) == 0;
+  }
+
+  static FS_HD void store(const fs_run& run, int64_t at, const Encoded& encoded) {
+    store_scales(encoded.scales, run.exp_avg_scale + at / 16, run.exp_avg_sq_scale + at / 16);
+    store_512(static_cast<uint8_t*>(run.exp_avg) + at, bytes_of_words(encoded.first_words[0], encoded.first_words[1]));
+    store_512(static_cast<uint8_t*>(run.exp_avg_sq) + at,
+              bytes_of_words(encoded.second_words[0], encoded.second_words[1]));
+  }
+};
+
+// ---- the block -------------------------------------------------------------------------------------
+
+// Whether the block was updated; if not, nothing was written.
+template <class MomentsCodec>
+FS_HD bool update_block(const fs_run& run, int64_t at, const StepScalars<float>& scalars) {
+  using Moments = BlockMoments<MomentsCodec>;
+  void* const param = static_cast<char*>(run.param) + at * kFormatBytes[run.param_format];
+  void* const kept = static_cast<char*>(run.master) + at * kMasterBytes[run.master_format];
+  const RandomKey key = {run.random_key[0], run.random_key[1]};
+  const uint32_t first_element = run.first + static_cast<uint32_t>(at);
+  Bits random;
+  random_of_block(key, first_element, random);
+  Floats grad, weight, first, second, along;
+  load_grad(run.grad_format, static_cast<const char*>(run.grad) + at * kFormatBytes[run.grad_format], grad);
+  load_weight(run.param_format, run.master_format, param, kept, weight);
+  if (!Moments::load(run, at, first, second)) return false;
+  for (int i = 0; i < kVectors; ++i) {
+    __m512 unused = _mm512_setzero_ps();
+    update_moments<false>(weight.lane[i], first.lane[i], second.lane[i], unused, grad.lane[i], scalars);
+    along.lane[i] = direction(first.lane[i], second.lane[i], scalars);
+  }
+  typename Moments::Encoded moments;
+  const bool finite = Moments::encode(first, second, random, moments);
+  __m512 zero = _mm512_setzero_ps();  // NaN after a weight that is not finite; a first moment makes its weight so
+  for (int i = 0; i < kVectors; ++i) {
+    weight.lane[i] = moved_weight(weight.lane[i], along.lane[i], scalars);
+    zero = _mm512_fmadd_ps(weight.lane[i], _mm512_setzero_ps(), zero);
+  }
+  if (!finite || _mm512_cmp_ps_mask(zero, zero, _CMP_UNORD_Q)) return false;
+  Moments::store(run, at, moments);
+  store_weight(run.param_format, run.master_format, weight, key, first_element, param, kept);
+  return true;
+}
+
+// All steps but those with beta1 or beta2 below 0.5, which nobody uses.
+inline bool has_blocks(const fs_run& run) {
+  if (run.param_format != kFloat32 && run.param_format != kBfloat16) return false;
+  if (run.moments_format == kMomentsFloat32 || run.grad_format == kFloat64) return false;
+  return (static_cast<const StepScalars<float>*>(run.scalars)->flags & ~(kDecoupledDecay | kL2Decay)) == 0;
+}
+
+template <class MomentsCodec, class Redo>
+void update_blocks(const fs_run& shared_run, int64_t end, Redo redo) {
+  // Copies, which stores cannot change: their members stay in registers.
+  const fs_run run = shared_run;
+  StepScalars<float> scalars = *static_cast<const StepScalars<float>*>(run.scalars);
+  scalars.flags &= kDecoupledDecay | kL2Decay;
+  for (int64_t at = 0; at < end; at += kBlock)
+    if (!update_block<MomentsCodec>(run, at, scalars)) redo(at);
+}
+
+// The number of elements that whole blocks have updated. redo(first): the tile loop on the block that begins there.
+template <class Redo>
+int64_t update_blocks(const fs_run& run, Redo redo) {
+  const int64_t end = run.count / kBlock * kBlock;
+  if (run.moments_format == kMomentsBfloat16) {
+    update_blocks<MomentsBfloat16>(run, end, redo);
+  } else {
+    update_blocks<Moments8bit>(run, end, redo);
+  }
+  return end;
+}
+
+}  // namespace
+FS_NAMESPACE_END
