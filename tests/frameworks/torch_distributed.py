@@ -268,7 +268,7 @@ def whole_state_for_a_shard_is_refused() -> None:
 def raised(action: Callable[[], Any]) -> str:
     try:
         action()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return str(error)
     raise AssertionError("nothing was raised")
 
