@@ -49,16 +49,18 @@ class OptimizerBase(StepTail):
         return self._devices.read_clock() if restored is None else restored
 
     def _restored_clock(self) -> int | None:
-        """What an engine that restores checkpoints key by key has left in the groups or in the parameters' state.
+        """What an engine that restores checkpoints key by key has left in the groups or in the parameters' state."""
+        return max(self._saved_clocks() or self._foreign_counts(), default=None)
 
-        Where it was the state of another optimizer, which has no clock, the largest count of updates stands for it.
-        """
+    def _saved_clocks(self) -> list[int]:
         clocks = [int(g["clock"]) for g in self._all_groups if int(g.get("clock", -1)) >= 0]
-        if self.state.changed:
-            clocks += states.clocks_of(self.state.values())
-            if not clocks and not self._clock_is_known:
-                clocks = [step for step in states.step_counts(self.state.values()) if step]
-        return max(clocks, default=None)
+        return clocks + states.clocks_of(self.state.values()) if self.state.changed else clocks
+
+    def _foreign_counts(self) -> list[int]:
+        """Updates that another optimizer took, the largest of which stands for the clock that it does not have."""
+        if self._clock_is_known or not self.state.changed or self._saved_clocks():
+            return []
+        return [count for count in states.step_counts(self.state.values()) if count > 0]
 
     @property
     def _all_groups(self) -> list[dict[str, Any]]:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .groups import GroupRecord
     from .optimizer import FusedScheduledAdam
 
+#: Options that a checkpoint must not bring along, because engines that restore key by key would put them in force.
+_NOT_SAVED = ("params", "master", "moments")
+
 #: Options that the live optimizer decides, whatever the checkpoint says.
 _LIVE_WINS = (
     "params",
@@ -46,7 +49,7 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
         params = record.group["params"]
         for param in params:
             numbers.setdefault(id(param), len(numbers))
-        group = {key: value for key, value in record.group.items() if key != "params"}
+        group = {key: value for key, value in record.group.items() if key not in _NOT_SAVED}
         for name in ("lr", "weight_decay"):
             if name not in record.schedules:
                 group[f"{name}_reference"] = group[name]  # a ratio of 1, whoever wrote the option
@@ -113,7 +116,7 @@ def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
     for record, merged, saved in zip(records, options, saved_groups, strict=True):
         _warn_about_schedules(record, saved)
         _apply_options(record.group, merged)
-        _take_metric_state(record, saved)
+        record.take_metric_state(saved.get("metric_state"))
     with torch.no_grad():
         _take_state(optimizer, params, keys, sources)
     for key in saved_state.keys() - set(keys):
@@ -211,16 +214,6 @@ def _warn_about_schedules(record: GroupRecord, saved: dict[str, Any]) -> None:
                 f"the checkpoint was trained with another schedule for {name}; this optimizer's own is used: "
                 f"{schedule!r}"
             )
-
-
-def _take_metric_state(record: GroupRecord, saved: dict[str, Any]) -> None:
-    """A rate that follows metrics goes on as it was saved, or afresh: from another optimizer's checkpoint silently."""
-    if record.machine is not None and not record.machine.restore(saved.get("metric_state")):
-        record.machine.restore(None)
-        warn_schedule(
-            "the checkpoint's rate followed metrics by other rules, and its state is of no use to this optimizer's "
-            f"schedule, which starts over: {record.schedules['lr']!r}"
-        )
 
 
 def _saved_clock(saved_groups: list[dict[str, Any]], saved_states: Iterable[dict[str, Any]], largest_step: int) -> int:

@@ -192,6 +192,8 @@ class FusedScheduledAdam(ExactParameters):
         if not reusable and not all(map(self.state.has_state, call.owners)) and called_for_allocation():
             self._devices.allocate(self.state, call, options)
             return
+        if self._foreign_counts():
+            self._records.forget_foreign_rates()
         refuse_second_scheduler(self._records)
         norm_settings = self._norm_settings()
         reducer = self.norm_reduce_hook
