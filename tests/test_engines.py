@@ -147,6 +147,28 @@ def test_a_clock_in_the_states_is_taken_once() -> None:
     assert not any("clock" in state for state in optimizer.state.values())
 
 
+def test_the_state_of_a_rate_that_follows_metrics_is_restored_with_its_group() -> None:
+    plateau = schedules.torch.ReduceLROnPlateau(factor=0.5, patience=0, base_lr=0.1)
+    ours, theirs = (FusedScheduledAdam([param()], lr=plateau) for _ in range(2))
+    for loss in (1.0, 2.0):
+        theirs.step()
+        theirs.report_metric(loss)
+    [saved] = theirs.state_dict()["param_groups"]
+    ours.param_groups[0].update({key: value for key, value in saved.items() if key != "params"})
+    ours.step()
+    assert (ours.clock, ours.last_lr()) == (3, [0.05])
+    assert "metric_state" not in ours.param_groups[0]
+
+
+def test_a_restored_group_leaves_the_live_formats_in_force() -> None:
+    ours, theirs = stepped(0), FusedScheduledAdam([param(), param()], lr=RAMP, moments="8bit")
+    theirs.step()
+    [saved] = theirs.state_dict()["param_groups"]
+    ours.param_groups[0].update({key: value for key, value in saved.items() if key != "params"})
+    step_once(ours)
+    assert {state["exp_avg"].dtype for state in ours.state.values()} == {torch.float32}
+
+
 class ReadsOfTheDevice(TorchDispatchMode):
     """Counts `.item()`, int() and the like, each of which waits for a CUDA device."""
 

@@ -5,6 +5,7 @@ Started by test_deepspeed.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_sched.deepspeed
 from fused_sched import FusedScheduledAdam, schedules
+from fused_sched.masters import exact_value
 
 CHECKS = Checks()
 
@@ -196,6 +198,31 @@ def initialize_takes_a_client_adam_over() -> None:
 
 
 @CHECKS
+def the_tutorials_own_call_with_the_optimizer_and_a_handle() -> None:
+    """deepspeed.initialize with both sections, and the handle stepped by the engine and once more by hand."""
+    rate = schedules.deepspeed.WarmupLR(**WARMUP["params"])
+    for stage in (0, 3):
+        module = torch.nn.Linear(10, 1)
+        optimizer = FusedScheduledAdam(module.parameters(), lr=rate)
+        config = {
+            "train_batch_size": 8,
+            "optimizer": {"type": "Adam", "params": {"lr": 0.01}},
+            "scheduler": WARMUP,
+            "zero_optimization": {"stage": stage},
+        }
+        engine, _, _, lr_scheduler = deepspeed.initialize(
+            model=module, optimizer=optimizer, lr_scheduler=optimizer.scheduler(), config_params=config
+        )
+        for step in range(6):
+            outputs = engine(torch.randn(8, 10))
+            engine.backward(outputs.mean())
+            engine.step()
+            lr_scheduler.step()
+            assert optimizer.clock == step + 1
+            assert lr_scheduler.get_last_lr() == [rate(step)]
+
+
+@CHECKS
 def initialize_refuses_a_second_schedule() -> None:
     section = {**STAGES[1].section, "optimizer": ADAMW, "scheduler": WARMUP}
     initialize = fused_sched.deepspeed.initialize
@@ -239,6 +266,27 @@ def activation_checkpointing_zero_and_bf16_together() -> None:
         for actual, same, torchs in zip(run.weights(), expected, reference.weights(), strict=True):
             assert torch.equal(actual, same)
             torch.testing.assert_close(actual, torchs, rtol=0, atol=1e-6)
+
+
+@CHECKS
+def flat_partitions_of_bfloat16_have_exact_masters() -> None:
+    """ "bf16_master_weights_and_grads" with 2 bytes for each master, bit for bit what 4 in float32 partitions give."""
+    narrow = {"bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+    for stage in (1, 2, 3):
+        wide = Config(f"zero{stage}", stage, "bf16", sub_group_size=40 if stage == 3 else None)
+        runs = engines.straight(wide, Ours), engines.straight(replace(wide, extra=narrow), Ours)
+        runs = (*runs, engines.resumed(runs[1].config))
+        expected, actual, resumed = map(trained_masters, runs)
+        assert {p.dtype for p in runs[1].client.optimizer.state} == {torch.bfloat16}
+        for values in (actual, resumed):
+            for ours, theirs in zip(values, expected, strict=True):
+                assert torch.equal(ours, theirs)
+
+
+def trained_masters(run: engines.Run) -> list[torch.Tensor]:
+    """This rank's, without the padding, which stage 3 leaves uninitialized and gives no gradients."""
+    states = run.client.optimizer.state.items()
+    return [exact_value(p, state)[state["exp_avg_sq"] > 0] for p, state in states]
 
 
 @CHECKS

@@ -13,6 +13,8 @@ import engines  # before transformers: DeepSpeed without its compiler
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from ranks import Checks, run_checks
@@ -224,6 +226,26 @@ def accelerate_saves_and_loads() -> None:
         for p, value in zip(module.parameters(), saved, strict=True):
             assert torch.equal(p, value)
         dist.barrier()
+
+
+@CHECKS
+def accelerate_with_a_gradient_scaler() -> None:
+    """Accelerate replaces step() to see whether the scaler skips, which ours does on the device."""
+    reset_accelerate()
+    Accelerator(cpu=True)
+    optimizer = FusedScheduledAdam(engines.model().parameters(), lr=RATE)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    wrapped = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+    handle = AcceleratedScheduler(optimizer.scheduler(), wrapped)
+    for step in range(6):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.full_like(p, torch.inf if step == 2 else 256.0)
+        scaler.scale(torch.ones(()))  # GradScaler wants to have scaled a loss
+        wrapped.step()
+        handle.step()
+        applied = step + (step < 2)
+        assert optimizer.clock == applied
+        assert handle.get_last_lr() == [RATE(applied - 1)]
 
 
 @CHECKS
