@@ -51,6 +51,16 @@ def called_by_zero_redundancy() -> bool:
     return _ZERO_REDUNDANCY in sys.modules and any(frames(_ZERO_REDUNDANCY))
 
 
+def refuse_swapped_state() -> None:
+    """Raise if DeepSpeed would move the state to a disk between steps, by tensors that it takes for the only ones."""
+    for frame in frames(*_ZERO) if "deepspeed" in sys.modules else ():
+        if getattr(frame.f_locals.get("self"), "swap_optimizer", False):
+            raise RuntimeError(
+                'DeepSpeed\'s "offload_optimizer" to "nvme" empties and refills the tensors of the state, which are '
+                'parts of larger buffers here; set its "device" to "cpu", or keep DeepSpeed\'s own Adam'
+            )
+
+
 def refuse_partial_norm(params: Iterable[torch.Tensor]) -> None:
     """Raise if the caller hands over some of a model's gradients only, of which the norm would be another one."""
     if called_by_zero():

@@ -10,7 +10,7 @@ import torch
 from . import arena, checkpoint, dtensors, hyperparameters, packing, precision
 from . import state as states
 from .base import NO_CLOCK
-from .callers import called_for_allocation, refuse_partial_norm
+from .callers import called_for_allocation, refuse_partial_norm, refuse_swapped_state
 from .devices import Call
 from .hyperparameters import SCHEDULABLE
 from .machine import check_metric
@@ -189,9 +189,11 @@ class FusedScheduledAdam(ExactParameters):
         packing.check_scaler_value("grad_scale", grad_scale)
         options = self._records.options
         reusable = not self.state.changed and self._devices.rebind(call, options)
-        if not reusable and not all(map(self.state.has_state, call.owners)) and called_for_allocation():
-            self._devices.allocate(self.state, call, options)
-            return
+        if not reusable and not all(map(self.state.has_state, call.owners)):
+            refuse_swapped_state()
+            if called_for_allocation():
+                self._devices.allocate(self.state, call, options)
+                return
         if self._foreign_counts():
             self._records.forget_foreign_rates()
         refuse_second_scheduler(self._records)

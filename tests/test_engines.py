@@ -265,6 +265,20 @@ def test_a_norm_without_other_processes_experts_is_refused(engine_class: Any) ->
     assert optimizer.clock == 2
 
 
+def test_state_that_an_engine_swaps_to_disk_is_refused(engine_class: Any) -> None:
+    names = {"__name__": "deepspeed.runtime.zero.stage3"}
+    exec(ENGINE, names)
+    optimizer = FusedScheduledAdam([param()], lr=RAMP)
+    engine = names["Engine"](optimizer, None)
+    engine.swap_optimizer = True
+    with pytest.raises(RuntimeError, match='"cpu"'):
+        engine.step()
+    assert not optimizer.state
+    engine.swap_optimizer = False
+    engine.step()
+    assert optimizer.clock == 1
+
+
 # ---- 8-bit moments where DeepSpeed converts checkpoints ----------------------------------------------------
 
 

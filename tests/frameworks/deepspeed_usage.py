@@ -283,6 +283,23 @@ def flat_partitions_of_bfloat16_have_exact_masters() -> None:
                 assert torch.equal(ours, theirs)
 
 
+@CHECKS
+def the_clock_comes_with_the_optimizer_and_can_be_set_back() -> None:
+    for config in STAGES:
+        first = engines.start(config, Ours)
+        first.train(range(4))
+        with engines.shared_folder() as folder:
+            first.engine.save_checkpoint(folder, tag="half")
+            second = engines.start(config, Ours)
+            second.engine.load_checkpoint(folder, tag="half", load_lr_scheduler_states=False)
+            torch.distributed.barrier()
+        optimizer = second.client.optimizer
+        assert optimizer.clock == first.applied
+        optimizer.set_clock(0)
+        second.applied = second.client.applied = 0
+        second.train(range(2, 4))
+
+
 def trained_masters(run: engines.Run) -> list[torch.Tensor]:
     """This rank's, without the padding, which stage 3 leaves uninitialized and gives no gradients."""
     states = run.client.optimizer.state.items()
