@@ -74,7 +74,8 @@ class ObservingScheduler(LRScheduler):
 
     @property
     def last_epoch(self) -> int:
-        return self.optimizer._devices.peek_clock()
+        restored = self.optimizer._restored_clock()
+        return self.optimizer._devices.peek_clock() if restored is None else restored
 
     @last_epoch.setter
     def last_epoch(self, value: int) -> None:

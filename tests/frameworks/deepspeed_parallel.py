@@ -26,33 +26,52 @@ CHECKS = Checks()
 RATE = schedules.linear(0.05, 0.0, 20)
 NUM_STEPS = 6
 
+Build = Callable[[], tuple[torch.nn.Module, Any]]
 Step = Callable[[Any, int], None]
 
 
-def trained(build: Callable[[], tuple[torch.nn.Module, Any]], section: dict[str, Any], step: Step, fused: bool) -> Any:
+def trained(build: Build, section: dict[str, Any], step: Step, fused: bool) -> Any:
     """An engine after its updates; with ours, every one of them checked."""
     module, params = build()
     if fused:
-        optimizer: torch.optim.Optimizer = FusedScheduledAdam(params, lr=RATE, weight_decay=0.1)
-        handle: Any = optimizer.scheduler()
-    else:
-        optimizer = torch.optim.AdamW(params, lr=RATE(0), weight_decay=0.1)
-        handle = LambdaLR(optimizer, lambda t: RATE(t) / RATE(0))
+        return fused_run(module, FusedScheduledAdam(params, lr=RATE, weight_decay=0.1), section, step)
+    optimizer = torch.optim.AdamW(params, lr=RATE(0), weight_decay=0.1)
+    handle = LambdaLR(optimizer, lambda t: RATE(t) / RATE(0))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=handle, config=section)
     for index in range(NUM_STEPS):
         step(engine, index)
-        if fused:
-            assert handle.last_epoch == index + 1
-            assert set(handle.get_last_lr()) == {RATE(index)}
     return engine
 
 
-def compare(build: Callable[[], tuple[torch.nn.Module, Any]], section: dict[str, Any], step: Step) -> None:
+def fused_run(module: torch.nn.Module, optimizer: FusedScheduledAdam, section: dict[str, Any], step: Step) -> Any:
+    handle = optimizer.scheduler()
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=handle, config=section)
+    for index in range(NUM_STEPS):
+        step(engine, index)
+        assert handle.last_epoch == index + 1
+        assert set(handle.get_last_lr()) == {RATE(index)}
+    return engine
+
+
+def compare(build: Build, section: dict[str, Any], step: Step) -> None:
     ours, theirs = (trained(build, section, step, fused) for fused in (True, False))
     for actual, expected in zip(ours.module.parameters(), theirs.module.parameters(), strict=True):
         # Two orders of the same float32 operations, of weights below 1; bfloat16 shows no less than its last bit.
         tolerance = 2.0**-8 if actual.dtype == torch.bfloat16 else 1e-6
         torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def refuse_the_norm_of_a_part(build: Build, section: dict[str, Any], step: Step) -> None:
+    module, params = build()
+    optimizer = FusedScheduledAdam(params, lr=RATE, max_grad_norm=1.0)
+    try:
+        fused_run(module, optimizer, section, step)
+    except RuntimeError as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+    assert "norm" in refusal, refusal
+    assert optimizer.clock == 0
 
 
 class WithExperts(torch.nn.Module):
@@ -83,6 +102,7 @@ def mixture_of_experts(config: engines.Config, expert_processes: int) -> None:
         return module, split_params_into_different_moe_groups_for_optimizer(everything)
 
     compare(build, config.section, train_experts)
+    refuse_the_norm_of_a_part(build, config.section, train_experts)
 
 
 def pipeline(config: engines.Config) -> None:
@@ -100,6 +120,7 @@ def pipeline(config: engines.Config) -> None:
         engine.train_batch(data_iter=batches(index, next(engine.module.parameters()).dtype))
 
     compare(build, config.section, train)
+    refuse_the_norm_of_a_part(build, config.section, train)
 
 
 def squared(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
+from deepspeed.utils import safe_get_full_fp32_param
 from ranks import Checks, run_checks
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -107,7 +108,9 @@ def trained(trainer_class: type[Trainer], folder: str, resume: str | None = None
 
 
 def weights(trainer: Trainer) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in trainer.model.parameters()]
+    """Whole ones; under ZeRO-3 a parameter has an id of DeepSpeed's and no elements."""
+    params = trainer.model.parameters()
+    return [(safe_get_full_fp32_param(p) if hasattr(p, "ds_id") else p).detach().clone() for p in params]
 
 
 def check_trainer(**more: Any) -> None:
@@ -142,6 +145,12 @@ def trainer_in_plain_mode() -> None:
 @CHECKS
 def trainer_under_deepspeed() -> None:
     check_trainer(deepspeed=copy.deepcopy(ZERO2))
+
+
+@CHECKS
+def trainer_under_zero_3() -> None:
+    zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    check_trainer(deepspeed={**copy.deepcopy(ZERO2), "zero_optimization": zero})
 
 
 @CHECKS
@@ -253,8 +262,7 @@ def accelerate_with_deepspeed() -> None:
     results = []
     for fused in (True, False):
         reset_accelerate()
-        section = {**engines.Config("zero2", 2, gas=2).section, "zero_allow_untested_optimizer": True}
-        plugin = DeepSpeedPlugin(hf_ds_config=section)
+        plugin = DeepSpeedPlugin(hf_ds_config=engines.Config("zero2", 2, gas=2).section)
         accelerator = Accelerator(deepspeed_plugin=plugin)
         assert accelerator.distributed_type == DistributedType.DEEPSPEED
         module, optimizer, handle = accelerated(accelerator, fused)
