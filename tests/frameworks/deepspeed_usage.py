@@ -16,6 +16,7 @@ from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from engines import Config, Ours, Reference
 from ranks import Checks, run_checks
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
 import fused_sched.deepspeed
@@ -181,7 +182,8 @@ def initialize_takes_a_client_adam_over() -> None:
     """The tutorial's call: a client Adam, sections of both kinds, and one step of the handle too many."""
     for optimizer_class in (torch.optim.Adam, torch.optim.AdamW, FusedScheduledAdam):
         module = engines.model()
-        client = optimizer_class(module.parameters(), lr=0.01, betas=(0.8, 0.9))
+        params = {"params": list(module.parameters()), "name": "all"}
+        client = optimizer_class([params], lr=0.01, betas=(0.8, 0.9))
         section = {**STAGES[1].section, "optimizer": {"type": "Adam", "params": {"lr": 0.5}}, "scheduler": WARMUP}
         engine, _, _, lr_scheduler = fused_sched.deepspeed.initialize(
             model=module, optimizer=client, config_params=section
@@ -189,6 +191,7 @@ def initialize_takes_a_client_adam_over() -> None:
         ours = lr_scheduler.optimizer
         group = ours.param_groups[0]
         assert group["betas"] == (0.8, 0.9)
+        assert group["name"] == "all"
         assert group["decoupled_weight_decay"] is (optimizer_class is not torch.optim.Adam)
         for step in range(5):
             train(engine, range(step, step + 1))
@@ -230,6 +233,9 @@ def initialize_refuses_a_second_schedule() -> None:
     scheduled = FusedScheduledAdam(module.parameters(), lr=schedules.constant(0.1))
     assert "scheduled twice" in raised(lambda: initialize(module, section, optimizer=scheduled))
     assert "lr_scheduler" in raised(lambda: initialize(module, section, lr_scheduler=lambda optimizer: None))
+    driven = torch.optim.Adam(module.parameters())
+    LambdaLR(driven, lambda t: 1.0)
+    assert "attached" in raised(lambda: initialize(module, section, optimizer=driven))
     sgd = torch.optim.SGD(module.parameters())
     assert "SGD" in raised(lambda: initialize(module, section, optimizer=sgd))
     assert "configuration" in raised(lambda: initialize(module))
