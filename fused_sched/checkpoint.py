@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from .groups import GroupRecord
     from .optimizer import FusedScheduledAdam
 
-#: Options that a checkpoint must not bring along, because engines that restore key by key would put them in force.
-_NOT_SAVED = ("params", "master", "moments")
-
 #: Options that the live optimizer decides, whatever the checkpoint says.
 _LIVE_WINS = (
     "params",
@@ -49,7 +46,7 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
         params = record.group["params"]
         for param in params:
             numbers.setdefault(id(param), len(numbers))
-        group = {key: value for key, value in record.group.items() if key not in _NOT_SAVED}
+        group = {key: value for key, value in record.group.items() if key != "params"}
         for name in ("lr", "weight_decay"):
             if name not in record.schedules:
                 group[f"{name}_reference"] = group[name]  # a ratio of 1, whoever wrote the option

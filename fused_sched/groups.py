@@ -56,8 +56,8 @@ class GroupRecord:
         saved_index = self.group.pop("group_index", None)
         if saved_index is None:
             return
-        if saved_index != index:
-            self.group.update(self._given)
+        live = self._given if self._read_from is None else dict(zip(_READ, self._read_from, strict=False))
+        self.group.update(live if saved_index != index else {name: live[name] for name in ("master", "moments")})
         self.group.pop("schedules", None)
         metric_state = self.group.pop("metric_state", None)
         self.take_metric_state(metric_state if saved_index == index else None)
