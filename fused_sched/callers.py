@@ -61,14 +61,19 @@ def refuse_swapped_state() -> None:
             )
 
 
-def refuse_partial_norm(params: Iterable[torch.Tensor]) -> None:
-    """Raise if the caller hands over some of a model's gradients only, of which the norm would be another one."""
+def refuse_partial_norm(params: Iterable[torch.Tensor], is_reduced: bool) -> None:
+    """Raise if the caller hands over some of a model's gradients only, of which the norm would be another one.
+
+    is_reduced: the norm becomes that of all processes' gradients, which leaves those of other calls out.
+    """
     if called_by_zero():
         raise RuntimeError(
             "max_grad_norm and skip_nonfinite need all gradients in one call, and DeepSpeed's ZeRO hands over a "
             'part at a time; clip with "gradient_clipping" in its configuration, which also skips overflows, and '
             "leave both options out here"
         )
+    if is_reduced:
+        return
     by_pipeline = "deepspeed" in sys.modules and any(frames(_PIPELINE))
     # DeepSpeed's mark of an expert's parameter, which other processes do not have (deepspeed/moe/layer.py).
     has_experts = any(getattr(param, "allreduce", True) is False for param in params)

@@ -199,10 +199,10 @@ class FusedScheduledAdam(ExactParameters):
         refuse_second_scheduler(self._records)
         norm_settings = self._norm_settings()
         reducer = self.norm_reduce_hook
-        if reducer is None and norm_settings.wanted:
-            reducer = dtensors.norm_reducer(call.owners)
-            if reducer is None and (not self._applied_settings or norm_settings != self._devices.norm_settings):
-                refuse_partial_norm(call.owners)
+        if norm_settings.wanted:
+            reducer = reducer or dtensors.norm_reducer(call.owners)
+            if not self._applied_settings or norm_settings != self._devices.norm_settings:
+                refuse_partial_norm(call.owners, is_reduced=reducer is not None)
         if not self._applied_settings:
             refuse_engines_scheduler(self)
         settings = self._records.settings(self._grad_divisor)

@@ -265,6 +265,19 @@ def test_a_norm_without_other_processes_experts_is_refused(engine_class: Any) ->
     assert optimizer.clock == 2
 
 
+def test_a_norm_within_zero_is_refused_whatever_reduces_it(engine_class: Any) -> None:
+    """The hook would sum over processes what ZeRO hands over in one call, a group or part of one."""
+    names = {"__name__": "deepspeed.runtime.zero.stage_1_and_2"}
+    exec(ENGINE, names)
+    optimizer = FusedScheduledAdam([param()], lr=RAMP, max_grad_norm=1.0)
+    engine = names["Engine"](optimizer, None)
+    for hook in (None, lambda squares: None):
+        optimizer.norm_reduce_hook = hook
+        with pytest.raises(RuntimeError, match="gradient_clipping"):
+            engine.step()
+    assert optimizer.clock == 0
+
+
 def test_state_that_an_engine_swaps_to_disk_is_refused(engine_class: Any) -> None:
     names = {"__name__": "deepspeed.runtime.zero.stage3"}
     exec(ENGINE, names)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ranks import Checks, run_checks
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 from torch_distributed import (
     RATE,
     Alternating,
@@ -96,15 +97,25 @@ def its_checkpoint_goes_on_in_one_optimizer_for_all() -> None:
 
 @CHECKS
 def a_checkpoint_of_torchs_adamw_goes_on() -> None:
+    """Also of one whose scheduler has left its latest rate in the groups."""
     reference = DistributedDataParallel(model())
     theirs = ZeroRedundancyOptimizer(reference.parameters(), torch.optim.AdamW, lr=RATE(0), weight_decay=0.1)
-    train(reference, theirs, range(4))
+    scheduler = LambdaLR(theirs, lambda step: RATE(step) / RATE(0))
+    train_scheduled(reference, theirs, scheduler, range(4))
     module, optimizer = sharded(model())
     module.load_state_dict(reference.state_dict())
     optimizer.load_state_dict(consolidated(theirs))
     assert optimizer.optim.clock == 4
-    train(module, optimizer, range(4, 6))
-    assert optimizer.optim.last_lr() == [RATE(5)]
+    train(module, optimizer, range(4, 8))
+    assert optimizer.optim.last_lr() == [RATE(7)]
+    train_scheduled(reference, theirs, scheduler, range(4, 8))
+    assert_close(module, reference)
+
+
+def train_scheduled(module: torch.nn.Module, optimizer: Any, scheduler: LambdaLR, steps: range) -> None:
+    for step in steps:
+        train(module, optimizer, range(step, step + 1))
+        scheduler.step()
 
 
 @CHECKS
