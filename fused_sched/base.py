@@ -53,12 +53,22 @@ class OptimizerBase(StepTail):
             >>> FusedScheduledAdam([torch.zeros(2, requires_grad=True)]).clock
             0
         """
-        pending = self._pending_clock()
-        return self._devices.read_clock() if pending is None else pending
+        restored = self._restored_clock()
+        return self._devices.read_clock() if restored is None else restored
 
-    def _pending_clock(self) -> int | None:
-        """What an engine that restores checkpoints key by key has left in the groups."""
-        return max((int(g["clock"]) for g in self._all_groups if int(g.get("clock", -1)) >= 0), default=None)
+    def _restored_clock(self) -> int | None:
+        """What an engine that restores checkpoints key by key has left in the groups or in the parameters' state."""
+        return max(self._saved_clocks() or self._foreign_counts(), default=None)
+
+    def _saved_clocks(self) -> list[int]:
+        clocks = [int(g["clock"]) for g in self._all_groups if int(g.get("clock", -1)) >= 0]
+        return clocks + states.clocks_of(self.state.values()) if self.state.changed else clocks
+
+    def _foreign_counts(self) -> list[int]:
+        """Updates that another optimizer took, the largest of which stands for the clock that it does not have."""
+        if self._clock_is_known or not self.state.changed or self._saved_clocks():
+            return []
+        return [count for count in states.step_counts(self.state.values()) if count > 0]
 
     @property
     def _all_groups(self) -> list[dict[str, Any]]:
@@ -81,13 +91,12 @@ class OptimizerBase(StepTail):
         value = check_clock(step)
         for group in self._all_groups:
             group["clock"] = NO_CLOCK
+        for state in self.state.values():
+            if isinstance(state, states.ParamState):
+                state.discard("clock")
         self._devices.write_clock(value)
         self._ticks.forget_round()
-
-    def _take_clock_from_groups(self) -> None:
-        pending = self._pending_clock()
-        if pending is not None:
-            self.set_clock(pending)
+        self._clock_is_known = True
 
     def last_lr(self, sync: bool = False) -> list[float]:
         """The rates of the latest step, one per group; before the first, those it will use.
@@ -189,6 +198,7 @@ class OptimizerBase(StepTail):
         self._ticks = TickRule()
         self._applied_settings: list[GroupSettings] = []
         self._resumed = False  # a checkpoint was loaded, and no step taken since
+        self._clock_is_known = False  # by steps of this optimizer, a checkpoint with a clock, or set_clock()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state" and not isinstance(value, states.StateMap):
@@ -223,7 +233,7 @@ class OptimizerBase(StepTail):
         if groups is not None:
             self._seed = state["_seed"]
             self._reset_runtime(backend, clock)
-            self._resumed = clock > 0
+            self._resumed, self._clock_is_known = clock > 0, True
             for group, schedules in groups:
                 self._records.add(group, schedules)
             for record, metric_state in zip(self._records, metric_states, strict=True):

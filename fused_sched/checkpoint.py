@@ -12,6 +12,7 @@ from . import arena, conversion, dtensors, hyperparameters
 from . import state as states
 from ._warnings import warn_schedule
 from .base import check_clock
+from .callers import called_by_zero, called_by_zero_redundancy
 
 if TYPE_CHECKING:
     from .groups import GroupRecord
@@ -38,7 +39,8 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
     The clock is in every group because engines that shard, filter or reload groups keep their keys and nothing
     else; beside it the largest step count, which tells whether another optimizer has gone on since.
     """
-    clock, clock_step = optimizer.clock, _largest_step(optimizer.state.values())
+    counts = dict(zip(optimizer.state, states.step_counts(optimizer.state.values()), strict=True))
+    clock, clock_step = optimizer.clock, max(counts.values(), default=0)
     numbers: dict[int, int] = {}
     groups: list[dict[str, Any]] = []
     for record in optimizer._records.of(optimizer.param_groups):
@@ -55,10 +57,15 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
         if not portable:
             group["schedules"] = {name: schedule.to_dict() for name, schedule in record.schedules.items()}
         groups.append({**group, "params": [numbers[id(param)] for param in params]})
+    for_zero, for_zero_redundancy = called_by_zero(), called_by_zero_redundancy()
     packed: dict[Any, Any] = {}
     for key, value in optimizer.state.items():
         if isinstance(value, states.ParamState):
-            value = _exported_state(key, value, portable)
+            value = _exported_state(key, value, portable, counts[key])
+            if for_zero:
+                value = conversion.for_zero(value)
+            if for_zero_redundancy:
+                value["clock"] = clock  # it drops the groups of all optimizers that it gathers
         if isinstance(key, torch.Tensor):
             if id(key) not in numbers:
                 raise RuntimeError(
@@ -70,28 +77,15 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
     return {"state": packed, "param_groups": groups}
 
 
-def _exported_state(param: Any, state: states.ParamState, portable: bool) -> dict[str, Any]:
+def _exported_state(param: Any, state: states.ParamState, portable: bool, count: int) -> dict[str, Any]:
     exported = dict(state)
     if portable or (dtensors.is_distributed(param) and not dtensors.is_reshardable(state)):
-        exported = conversion.portable(dtensors.local(param), dtensors.local_state(param, state))
+        exported = conversion.portable(dtensors.local(param), dtensors.local_state(param, state), count)
         exported = dtensors.shown(param, exported)
     if not portable and "step_int64" in state:
         # No tensor: DeepSpeed's universal checkpoint cuts the padding off every tensor that is not called "step".
-        exported["step_int64"] = int(state["step_int64"])
+        exported["step_int64"] = count
     return exported
-
-
-def _largest_step(values: Iterable[Any]) -> int:
-    """The largest count among the states of parameters, with one wait per device."""
-    counts: dict[torch.device, list[torch.Tensor]] = {}
-    numbers = [0]
-    for value in values:
-        count: Any = value.get("step_int64", value.get("step", 0)) if isinstance(value, dict) else 0
-        if isinstance(count, torch.Tensor):
-            counts.setdefault(count.device, []).append(count.reshape(()).to(torch.int64))
-        else:
-            numbers.append(int(count))
-    return max([*numbers, *(int(torch.stack(steps).max()) for steps in counts.values())])
 
 
 def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
@@ -112,17 +106,17 @@ def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
         source = sources.get(key, {})
         conversion.check_source(dtensors.local(param), dtensors.local_state(param, source))
         conversion.check_both_moments(source)
-    largest_step = _largest_step(sources.values())
+    largest_step = max(states.step_counts(sources.values()), default=0)
     # With more steps than we counted, another optimizer went on: its rate is not a factor of our schedule.
     ours = all(largest_step == group.get("clock_step", largest_step) for group in saved_groups)
     options = _merge(records, saved_groups, ours)
-    clock = check_clock(_saved_clock(saved_groups, largest_step))
+    clock = check_clock(_saved_clock(saved_groups, sources.values(), largest_step))
 
     for record, saved in zip(records, saved_groups, strict=True):  # before the first change: warnings may be errors
         _warn_about_schedules(record, saved)
     for record, merged, saved in zip(records, options, saved_groups, strict=True):
         _apply_options(record.group, merged)
-        _take_metric_state(record, saved)
+        record.take_metric_state(saved.get("metric_state"))
     with torch.no_grad():
         _take_state(optimizer, params, keys, sources)
     for key in saved_state.keys() - set(keys):
@@ -254,24 +248,14 @@ def _warn_about_schedules(record: GroupRecord, saved: dict[str, Any]) -> None:
             )
 
 
-def _take_metric_state(record: GroupRecord, saved: dict[str, Any]) -> None:
-    """A rate that follows metrics goes on as it was saved, or afresh: from another optimizer's checkpoint silently."""
-    if record.machine is not None and not record.machine.restore(saved.get("metric_state")):
-        record.machine.restore(None)
-        warn_schedule(
-            "the checkpoint's rate followed metrics by other rules, and its state is of no use to this optimizer's "
-            f"schedule, which starts over: {record.schedules['lr']!r}"
-        )
-
-
-def _saved_clock(saved_groups: list[dict[str, Any]], largest_step: int) -> int:
+def _saved_clock(saved_groups: list[dict[str, Any]], saved_states: Iterable[dict[str, Any]], largest_step: int) -> int:
     """Our clock, moved on by the steps that another optimizer took since; without one, the largest step count."""
     clocks = [
         int(group["clock"]) + max(0, largest_step - int(group.get("clock_step", largest_step)))
         for group in saved_groups
         if int(group.get("clock", -1)) >= 0
     ]
-    return max(clocks, default=largest_step)
+    return max(clocks or states.clocks_of(saved_states), default=largest_step)
 
 
 def _take_state(

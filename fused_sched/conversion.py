@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -114,8 +114,10 @@ def _fill_moments(layout: Layout, targets: Mapping[str, torch.Tensor], source: M
     first, second = (zero if value is None else value for value in values.values())
     order = torch.empty_strided(layout.shape, layout.stride, device=layout.device)
     first, second = (codec.in_memory_order(torch.empty_like(order).copy_(value)) for value in (first, second))
-    for name, coded in codec.encode_moments(layout.moments, first, second).items():
-        codec.in_memory_order(targets[name]).copy_(coded)
+    for elements, groups in _parts(layout.numel):
+        for name, coded in codec.encode_moments(layout.moments, first[elements], second[elements]).items():
+            of_part = groups if name.endswith("_scale") else elements
+            codec.in_memory_order(targets[name])[of_part].copy_(coded)
 
 
 def _fits(target: torch.Tensor, value: torch.Tensor | None) -> bool:
@@ -130,10 +132,30 @@ def _fits(target: torch.Tensor, value: torch.Tensor | None) -> bool:
 def _moment(name: str, source: Mapping[str, Any]) -> torch.Tensor | None:
     """A moment's values as a tensor of the parameter's shape, from whichever format the source has."""
     value = source.get(name)
-    if value is not None:
-        return value  # type: ignore[no-any-return]
-    flat = codec.decode_moment(name, source)
-    return None if flat is None else _shaped_like(flat, source[f"{name}_code"])
+    return _decoded(name, source) if value is None else value
+
+
+def _decoded(name: str, state: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+    """A moment's values as a tensor that lies like its codes; None without codes."""
+    codes, scales = state.get(f"{name}_code"), state.get(f"{name}_scale")
+    if codes is None or scales is None:
+        return None
+    values = torch.empty_strided(codes.shape, dense_stride(codes), dtype=dtype, device=codes.device)
+    flat_codes, flat_values = codec.in_memory_order(codes), codec.in_memory_order(values)
+    for elements, groups in _parts(codes.numel()):
+        part = {f"{name}_code": flat_codes[elements], f"{name}_scale": scales[groups]}
+        decoded = codec.decode_moment(name, part)
+        assert decoded is not None
+        flat_values[elements].copy_(decoded)
+    return values
+
+
+def _parts(numel: int) -> Iterator[tuple[slice, slice]]:
+    """Elements and their groups, few enough at a time for the dozen int64 tensors that each value passes through."""
+    length = 2**22
+    assert length % codec.GROUP == 0
+    for start in range(0, numel, length):
+        yield slice(start, start + length), slice(start // codec.GROUP, (start + length) // codec.GROUP)
 
 
 def _shaped_like(flat: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -186,9 +208,12 @@ def _copy_or_zero(target: torch.Tensor, value: torch.Tensor | None) -> None:
         target.copy_(value)
 
 
-def portable(param: torch.Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's state in the terms that torch's AdamW knows, moments in at least float32, and its exact master."""
-    exported = {"step": _countable(state["step"], state.get("step_int64"))} if "step" in state else {}
+def portable(param: torch.Tensor, state: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """A parameter's state in the terms that torch's AdamW knows, moments in at least float32, and its exact master.
+
+    count: the updates it has seen.
+    """
+    exported = {"step": _countable(state["step"], count)} if "step" in state else {}
     for name in (*_BOTH, "max_exp_avg_sq"):
         value = _moment(name, state)
         if value is not None:
@@ -197,12 +222,24 @@ def portable(param: torch.Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
     return exported if master is None else {**exported, "master": master}
 
 
-def _countable(mirror: Any, count: Any) -> Any:
+def _countable(mirror: Any, count: int) -> Any:
     """The step for an optimizer that has no int64 beside it: in float64 where float32 would lose the count."""
-    count = None if count is None else int(count)
-    if count is None or count <= 2**24 or float(mirror) != torch.tensor(count, dtype=torch.float32).item():
+    if count <= 2**24 or float(mirror) != torch.tensor(count, dtype=torch.float32).item():
         return mirror  # if they disagree, somebody wrote it
     return torch.tensor(count, dtype=torch.float64)
+
+
+def for_zero(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat partition's state as DeepSpeed's ZeRO can convert it: 8-bit moments as bfloat16, in which they are exact.
+
+    Its ds_to_universal takes "exp_avg" and "exp_avg_sq" out of every state and cuts the padding of the partition off
+    every tensor, which scales are too short for (DeepSpeed 0.19.8, checkpoint/ds_to_universal.py, extract_zero_shards;
+    runtime/zero/stage_1_and_2.py, _get_state_without_padding). Made in the host's memory.
+    """
+    codes = {key: value.cpu() for key, value in state.items() if key.endswith(("_code", "_scale"))}
+    moments = {name: _decoded(name, codes, torch.bfloat16) for name in _BOTH}
+    kept = {key: value for key, value in state.items() if key not in codes}
+    return {**kept, **{name: value for name, value in moments.items() if value is not None}}
 
 
 def _fill_step(entry: Entry, source: Mapping[str, Any]) -> None:

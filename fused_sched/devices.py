@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,13 +32,6 @@ class Call(NamedTuple):
     ordinals: list[int]
 
 
-#: Functions that call step() only to make an optimizer allocate its state: (name, start of the module's name).
-_DRY_RUNS = (
-    ("initialize_optimizer_states", "deepspeed"),
-    ("_init_optim_state", "torch.distributed.checkpoint"),
-)
-
-
 class Devices:
     """Engines by device, and the call they are prepared for."""
 
@@ -49,7 +41,7 @@ class Devices:
         self._seed = seed
         self.engines: dict[torch.device, Engine] = {}
         self.recorder = Recorder()
-        self._norm_settings = NormSettings()
+        self.norm_settings = NormSettings()
         self._initial_clock = clock
         self._mirror = clock  # T as the host knows it
         self._mirror_is_exact = True  # false while only the device knows: steps that may skip, captured graphs
@@ -128,7 +120,7 @@ class Devices:
     def push_norm(self, settings: NormSettings) -> None:
         for engine in self.engines.values():
             engine.push_norm(settings)
-        self._norm_settings = settings
+        self.norm_settings = settings
 
     def step(
         self,
@@ -139,7 +131,7 @@ class Devices:
     ) -> None:
         """Apply the prepared call on every device; what the hook raises leaves everything as it was."""
         engines = self.engines.values()
-        reduces = self._norm_settings.wanted and (norm_reduce_hook is not None or len(engines) > 1)
+        reduces = self.norm_settings.wanted and (norm_reduce_hook is not None or len(engines) > 1)
         if reduces:
             norm.reduce([engine.sum_squares() for engine in engines], norm_reduce_hook)
         for engine in engines:
@@ -147,7 +139,7 @@ class Devices:
         self._captured |= any(map(is_capturing, self.engines))
         self._mirror += tick
         self._last_index = self._mirror - 1
-        may_skip = found_inf is not None or self._norm_settings.skip_nonfinite
+        may_skip = found_inf is not None or self.norm_settings.skip_nonfinite
         self._mirror_is_exact &= not may_skip and not self._captured
 
     def report(self, metric: torch.Tensor | float) -> None:
@@ -208,15 +200,3 @@ def _key(call: Call, options: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
     layout_options = [(o["master"], o["moments"], o["amsgrad"]) for o in options]
     shards = [] if call.params is call.owners else [id(p) for p in call.params]
     return [id(p) for p in call.owners], shards, call.groups, call.ordinals, layout_options
-
-
-def called_for_allocation() -> bool:
-    """Whether some caller steps only to have the state allocated. Never judged by lr == 0 or zero gradients."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        for function, prefix in _DRY_RUNS:
-            if frame.f_code.co_name == function and module.startswith(prefix):
-                return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ._warnings import warn_schedule
 from .hyperparameters import GroupSettings, read_group
 from .machine import Machine
 from .schedules import Schedule
@@ -37,14 +38,40 @@ class GroupRecord:
         lr = self.schedules.get("lr")
         self.machine = Machine(lr) if isinstance(lr, MetricSchedule) else None
 
-    def restore_options(self, index: int) -> None:
-        """Undo the options of another group, if this one, at `index`, holds them.
+    def take_metric_state(self, saved: object) -> None:
+        """A rate that follows metrics goes on as it was saved; or afresh, from another optimizer's checkpoint."""
+        if self.machine is not None and not self.machine.restore(saved):
+            self.machine.restore(None)
+            warn_schedule(
+                "the checkpoint's rate followed metrics by other rules, and its state is of no use to this optimizer's "
+                f"schedule, which starts over: {self.schedules['lr']!r}"
+            )
+
+    def take_restored_options(self, index: int) -> None:
+        """Make sense of the options in the group at `index`, if an engine put a checkpoint's there key by key.
 
         From a universal checkpoint ZeRO-3 copies all keys of group 0 into every group (DeepSpeed 0.19.8,
         runtime/zero/stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3).
         """
-        if self.group.pop("group_index", index) != index:
-            self.group.update(self._given)
+        saved_index = self.group.pop("group_index", None)
+        if saved_index is None:
+            return
+        live = self._given if self._read_from is None else dict(zip(_READ, self._read_from, strict=False))
+        self.group.update(live if saved_index != index else {name: live[name] for name in ("master", "moments")})
+        self.group.pop("schedules", None)
+        metric_state = self.group.pop("metric_state", None)
+        self.take_metric_state(metric_state if saved_index == index else None)
+
+    def forget_foreign_rate(self) -> None:
+        """Undo what another optimizer's checkpoint says of scheduled options: its scheduler's latest values."""
+        for name in self.schedules.keys() & {"lr", "weight_decay"}:
+            self.group[name] = self.group[f"{name}_reference"]
+        self.group["betas"] = tuple(
+            self.schedules[name].reference if name in self.schedules else beta
+            for name, beta in zip(("beta1", "beta2"), self.group["betas"], strict=True)
+        )
+        if "lr" in self.schedules:
+            self.group.pop("initial_lr", None)
 
     def settings(self, grad_divisor: float) -> GroupSettings:
         """The group's settings as of now; raises where they are unusable."""
@@ -104,8 +131,12 @@ class GroupTable:
     def options(self) -> list[dict[str, Any]]:
         return [record.group for record in self._records]
 
+    def forget_foreign_rates(self) -> None:
+        for record in self._records:
+            record.forget_foreign_rate()
+
     def settings(self, grad_divisor: float) -> list[GroupSettings]:
         """All groups' settings as of now; raises where they are unusable."""
         for index, record in enumerate(self._records):
-            record.restore_options(index)
+            record.take_restored_options(index)
         return [record.settings(grad_divisor) for record in self._records]

@@ -11,11 +11,12 @@ from . import arena, checkpoint, dtensors, hyperparameters, packing, precision
 from . import state as states
 from ._warnings import each_said_once
 from .base import NO_CLOCK
-from .devices import Call, called_for_allocation
+from .callers import called_for_allocation, refuse_partial_norm, refuse_swapped_state
+from .devices import Call
 from .hyperparameters import SCHEDULABLE
 from .machine import check_metric
 from .masters import ExactParameters
-from .scheduler import SECOND_SCHEDULER, refuse_engines_scheduler, refuse_partial_norm, refuse_second_scheduler
+from .scheduler import SECOND_SCHEDULER, refuse_engines_scheduler, refuse_second_scheduler
 from .schedules import Schedule
 
 
@@ -192,27 +193,34 @@ class FusedScheduledAdam(ExactParameters):
         packing.check_scaler_value("grad_scale", grad_scale)
         options = self._records.options
         reusable = not self.state.changed and self._devices.rebind(call, options)
-        if not reusable and not all(map(self.state.has_state, call.owners)) and called_for_allocation():
-            self._devices.allocate(self.state, call, options)
-            return
+        if not reusable and not all(map(self.state.has_state, call.owners)):
+            refuse_swapped_state()
+            if called_for_allocation():
+                self._devices.allocate(self.state, call, options)
+                return
+        if self._foreign_counts():
+            self._records.forget_foreign_rates()
         refuse_second_scheduler(self._records)
+        norm_settings = self._norm_settings()
         reducer = self.norm_reduce_hook
-        if reducer is None and self._norm_settings().wanted:
-            reducer = dtensors.norm_reducer(call.owners)
+        if norm_settings.wanted:
+            reducer = reducer or dtensors.norm_reducer(call.owners)
+            if not self._applied_settings or norm_settings != self._devices.norm_settings:
+                refuse_partial_norm(call.owners, is_reduced=reducer is not None)
         if not self._applied_settings:
             refuse_engines_scheduler(self)
-            if reducer is None and self._norm_settings().wanted:
-                refuse_partial_norm()
         settings = self._records.settings(self._grad_divisor)
+        restored_clock = self._restored_clock()
         if not reusable:
             self._devices.lay_out(self.state, call, options)
-        self._take_clock_from_groups()
+        if restored_clock is not None:
+            self.set_clock(restored_clock)
         ids = [id(p) for p in call.owners]
         tick = self._ticks.should_tick(ids)
         self._push(settings)
         self._devices.step(tick, found_inf, grad_scale, reducer)
         self._ticks.record(ids, tick)
-        self._applied_settings, self._resumed = settings, False
+        self._applied_settings, self._resumed, self._clock_is_known = settings, False, True
         packing.bump_versions(call.owners)
 
     def _collect(self) -> Call:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
+from .callers import frames
+
 if TYPE_CHECKING:
     from .base import OptimizerBase
     from .groups import GroupRecord
@@ -41,28 +43,11 @@ def refuse_engines_scheduler(optimizer: OptimizerBase) -> None:
     """
     if "deepspeed" not in sys.modules or not any("lr" in record.schedules for record in optimizer._records):
         return
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith("deepspeed."):
-            scheduler = getattr(frame.f_locals.get("self"), "lr_scheduler", None)
-            drives = getattr(scheduler, "optimizer", None) is optimizer
-            if drives and not isinstance(scheduler, ObservingScheduler):
-                raise RuntimeError(ENGINES_SCHEDULER.format(type(scheduler).__name__))
-        frame = frame.f_back  # type: ignore[assignment]
-
-
-def refuse_partial_norm() -> None:
-    """Raise if DeepSpeed's ZeRO is calling step(): it hands over one process's part of some gradients at a time."""
-    frame = sys._getframe(1) if "deepspeed" in sys.modules else None
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module.startswith(("deepspeed.runtime.zero.", "deepspeed.runtime.bf16_optimizer")):
-            raise RuntimeError(
-                "max_grad_norm and skip_nonfinite need all gradients in one call, and DeepSpeed's ZeRO hands over a "
-                'part at a time; clip with "gradient_clipping" in its configuration, which also skips overflows, and '
-                "leave both options out here"
-            )
-        frame = frame.f_back
+    for frame in frames("deepspeed."):
+        scheduler = getattr(frame.f_locals.get("self"), "lr_scheduler", None)
+        drives = getattr(scheduler, "optimizer", None) is optimizer
+        if drives and not isinstance(scheduler, ObservingScheduler):
+            raise RuntimeError(ENGINES_SCHEDULER.format(type(scheduler).__name__))
 
 
 class ObservingScheduler(LRScheduler):
@@ -89,7 +74,8 @@ class ObservingScheduler(LRScheduler):
 
     @property
     def last_epoch(self) -> int:
-        return self.optimizer._devices.peek_clock()
+        restored = self.optimizer._restored_clock()
+        return self.optimizer._devices.peek_clock() if restored is None else restored
 
     @last_epoch.setter
     def last_epoch(self, value: int) -> None:

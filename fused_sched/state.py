@@ -70,6 +70,10 @@ class ParamState(dict[str, Any]):
             self[key] = default
         return self[key]
 
+    def discard(self, key: str) -> None:
+        """Remove a key that means nothing to the kernels, if it is there."""
+        super().pop(key, None)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return ParamState, (dict(self),)
 
@@ -141,6 +145,25 @@ class StateMap(defaultdict[Any, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StateMap, (dict(self),)
+
+
+def step_counts(param_states: Iterable[Any]) -> list[int]:
+    """How many updates each parameter's state has seen, with one wait per device; 0 where it says nothing."""
+    counts: list[Any] = [s.get("step_int64", s.get("step", 0)) if isinstance(s, dict) else 0 for s in param_states]
+    positions: dict[torch.device, list[int]] = {}
+    for position, count in enumerate(counts):
+        if isinstance(count, torch.Tensor):
+            positions.setdefault(count.device, []).append(position)
+    for of_device in positions.values():
+        on_device = torch.stack([counts[i].reshape(()).to(torch.int64) for i in of_device])
+        for position, count in zip(of_device, on_device.tolist(), strict=True):
+            counts[position] = count
+    return [int(count) for count in counts]
+
+
+def clocks_of(param_states: Iterable[Any]) -> list[int]:
+    """The clocks that `checkpoint.export` has written into the states of parameters."""
+    return [int(s["clock"]) for s in param_states if isinstance(s, dict) and "clock" in s]
 
 
 def ensure(state: StateMap, params: Iterable[torch.Tensor], layouts: Iterable[Layout]) -> None:

@@ -299,7 +299,7 @@ def test_a_configuration_without_a_scheduler_has_no_schedule() -> None:
 
 
 def test_the_example_trains(tmp_path: Path) -> None:
-    example = [sys.executable, str(ROOT / "examples" / "deepspeed_warmup.py")]
+    example = [sys.executable, str(ROOT / "examples" / "deepspeed_config.py")]
     done = subprocess.run(example, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     lines = done.stdout.splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import types
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ import torch.distributed as dist
 from samples import FAST, SLOW, param, two_groups
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_sched import FusedScheduledAdam, schedules
+from fused_sched import FusedScheduledAdam, codec, conversion, schedules
 
 RAMP = schedules.linear(1.0, 0.0, 100)
 
@@ -78,6 +80,121 @@ def test_what_a_flattened_checkpoint_lacks_is_missed_or_refused() -> None:
         optimizer.load_state_dict(saved)
 
 
+# ---- state restored key by key, without load_state_dict() --------------------------------------------------
+
+
+def stepped(count: int) -> FusedScheduledAdam:
+    optimizer = FusedScheduledAdam([param(), param()], lr=RAMP)
+    for _ in range(count):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    return optimizer
+
+
+def write_states(source: FusedScheduledAdam, target: FusedScheduledAdam) -> None:
+    """As ZeroRedundancyOptimizer and DeepSpeed's universal checkpoint do."""
+    saved = source.state_dict()["state"]
+    for index, p in enumerate(target.param_groups[0]["params"]):
+        target.state[p] = {key: copy.deepcopy(saved[index][key]) for key in ("step", "exp_avg", "exp_avg_sq")}
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_counts_written_into_a_new_optimizer_are_its_clock(dry_run: bool) -> None:
+    """They are another optimizer's, whose schedule was at that update; at 0 ours would warm up again."""
+    optimizer = stepped(0)
+    if dry_run:
+        allocate(optimizer)
+    write_states(stepped(3), optimizer)
+    assert optimizer.clock == optimizer.scheduler().last_epoch == 3
+    step_once(optimizer)
+    assert (optimizer.clock, optimizer.last_lr()) == (4, [RAMP(3)])
+
+
+def allocate(optimizer: FusedScheduledAdam) -> None:
+    """An engine's dry run."""
+    names = {"__name__": "deepspeed.runtime.zero.stage3", "run": step_once}
+    exec("def initialize_optimizer_states(optimizer): run(optimizer)", names)
+    names["initialize_optimizer_states"](optimizer)  # type: ignore[operator]
+    assert optimizer.clock == 0
+
+
+def step_once(optimizer: FusedScheduledAdam) -> None:
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def test_counts_written_later_or_beside_a_clock_that_was_set_are_not_the_clock() -> None:
+    trained, set_by_hand, copied = stepped(5), stepped(0), copy.deepcopy(stepped(5))
+    set_by_hand.set_clock(0)
+    for optimizer, clock in ((trained, 5), (set_by_hand, 0), (copied, 5)):
+        write_states(stepped(3), optimizer)
+        assert optimizer.clock == clock
+        step_once(optimizer)
+        assert (optimizer.clock, optimizer.last_lr()) == (clock + 1, [RAMP(clock)])
+
+
+def test_a_clock_in_the_states_is_taken_once() -> None:
+    optimizer = stepped(5)
+    write_states(stepped(3), optimizer)
+    for state in optimizer.state.values():
+        state["clock"] = 7
+    assert optimizer.clock == 7
+    for update in (8, 9):
+        step_once(optimizer)
+        assert optimizer.clock == update
+    assert not any("clock" in state for state in optimizer.state.values())
+
+
+def test_the_state_of_a_rate_that_follows_metrics_is_restored_with_its_group() -> None:
+    plateau = schedules.torch.ReduceLROnPlateau(factor=0.5, patience=0, base_lr=0.1)
+    ours, theirs = (FusedScheduledAdam([param()], lr=plateau) for _ in range(2))
+    for loss in (1.0, 2.0):
+        theirs.step()
+        theirs.report_metric(loss)
+    [saved] = theirs.state_dict()["param_groups"]
+    ours.param_groups[0].update({key: value for key, value in saved.items() if key != "params"})
+    ours.step()
+    assert (ours.clock, ours.last_lr()) == (3, [0.05])
+    assert "metric_state" not in ours.param_groups[0]
+
+
+def test_a_restored_group_leaves_the_live_formats_in_force() -> None:
+    ours, theirs = stepped(0), FusedScheduledAdam([param(), param()], lr=RAMP, moments="8bit")
+    theirs.step()
+    [saved] = theirs.state_dict()["param_groups"]
+    ours.param_groups[0].update({key: value for key, value in saved.items() if key != "params"})
+    step_once(ours)
+    assert {state["exp_avg"].dtype for state in ours.state.values()} == {torch.float32}
+
+
+class ReadsOfTheDevice(TorchDispatchMode):
+    """Counts `.item()`, int() and the like, each of which waits for a CUDA device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_saving_waits_for_the_device_as_often_for_many_parameters_as_for_one() -> None:
+    counts = []
+    for number in (1, 20):
+        params = [param() for _ in range(number)]
+        optimizer = FusedScheduledAdam(params, lr=RAMP)
+        optimizer.step()
+        with ReadsOfTheDevice() as reads:
+            saved = optimizer.state_dict()
+        assert [state["step_int64"] for state in saved["state"].values()] == [1] * number
+        counts.append(reads.count)
+    assert counts[0] == counts[1], counts
+
+
+# ---- schedulers of engines ---------------------------------------------------------------------------------
+
+
 class EnginesScheduler:
     """Writes group["lr"] without a mark, as DeepSpeed's do."""
 
@@ -128,6 +245,80 @@ def test_the_handle_registers_its_class_with_deepspeed_and_is_no_second_schedule
     assert optimizer.clock == 1
     supported = sys.modules["deepspeed.runtime.zero.utils"].ZERO_SUPPORTED_OPTIMIZERS
     assert supported == [FusedScheduledAdam]
+
+
+def test_a_norm_without_other_processes_experts_is_refused(engine_class: Any) -> None:
+    p = param()
+    p.allreduce = False  # DeepSpeed's mark of an expert's parameter
+    optimizer = FusedScheduledAdam([p], lr=RAMP)
+    engine = engine_class(optimizer, optimizer.scheduler())
+    engine.step()
+    for name, value in (("max_grad_norm", 1.0), ("skip_nonfinite", True)):
+        before = getattr(optimizer, name)
+        setattr(optimizer, name, value)
+        with pytest.raises(RuntimeError, match="norm_reduce_hook"):
+            engine.step()
+        setattr(optimizer, name, before)
+    optimizer.max_grad_norm = 1.0
+    optimizer.norm_reduce_hook = lambda squares: None
+    engine.step()
+    assert optimizer.clock == 2
+
+
+def test_a_norm_within_zero_is_refused_whatever_reduces_it(engine_class: Any) -> None:
+    """The hook would sum over processes what ZeRO hands over in one call, a group or part of one."""
+    names = {"__name__": "deepspeed.runtime.zero.stage_1_and_2"}
+    exec(ENGINE, names)
+    optimizer = FusedScheduledAdam([param()], lr=RAMP, max_grad_norm=1.0)
+    engine = names["Engine"](optimizer, None)
+    for hook in (None, lambda squares: None):
+        optimizer.norm_reduce_hook = hook
+        with pytest.raises(RuntimeError, match="gradient_clipping"):
+            engine.step()
+    assert optimizer.clock == 0
+
+
+def test_state_that_an_engine_swaps_to_disk_is_refused(engine_class: Any) -> None:
+    names = {"__name__": "deepspeed.runtime.zero.stage3"}
+    exec(ENGINE, names)
+    optimizer = FusedScheduledAdam([param()], lr=RAMP)
+    engine = names["Engine"](optimizer, None)
+    engine.swap_optimizer = True
+    with pytest.raises(RuntimeError, match='"cpu"'):
+        engine.step()
+    assert not optimizer.state
+    engine.swap_optimizer = False
+    engine.step()
+    assert optimizer.clock == 1
+
+
+# ---- 8-bit moments where DeepSpeed converts checkpoints ----------------------------------------------------
+
+
+def test_8bit_moments_are_exact_in_bfloat16_and_in_codes_again() -> None:
+    """Groups of every scale, rounded up and down: what ZeRO's checkpoints hold of them restores them bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.arange(-149, 128).repeat_interleave(4 * codec.GROUP)
+    mantissas = 1 + torch.rand(exponents.shape, generator=generator, dtype=torch.float64)
+    spread = torch.randint(0, 24, exponents.shape, generator=generator)
+    magnitude = torch.ldexp(mantissas, exponents - spread).float()
+    magnitude[5], magnitude[40] = torch.inf, torch.nan
+    signs = torch.where(torch.rand(exponents.shape, generator=generator) < 0.5, -1.0, 1.0)
+    for key in (None, *(codec.random_key(0, step, 0) for step in range(4))):
+        state = codec.encode_moments("8bit", magnitude * signs, magnitude, key)
+        exported = conversion.for_zero(state)
+        assert exported.keys() == {"exp_avg", "exp_avg_sq"}
+        again = codec.encode_moments("8bit", exported["exp_avg"].float(), exported["exp_avg_sq"].float())
+        for name in ("exp_avg", "exp_avg_sq"):
+            values = codec.decode_moment(name, state)
+            assert_same_values(exported[name].float(), values)
+            assert_same_values(codec.decode_moment(name, again), values)
+
+
+def assert_same_values(actual: torch.Tensor | None, expected: torch.Tensor | None) -> None:
+    assert actual is not None
+    assert expected is not None
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- DTensors, in one process ------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from ..hyperparameters import TORCH_ONLY
 from ..optimizer import FusedScheduledAdam
 from ..scheduler import ObservingScheduler
 from .config import Config, optimizer_from_config, read, schedules_of, section_of
 
-#: Options of torch's Adam and AdamW that their groups hold and this optimizer has too.
-_GROUP_OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+#: What the groups of torch's Adam and AdamW hold that has no meaning here; all else is kept, "moe" of an expert's too.
+_NOT_TAKEN_OVER = ("params", "param_names", *TORCH_ONLY)
 
 
 def register(optimizer_class: type[torch.optim.Optimizer] = FusedScheduledAdam) -> None:
@@ -115,12 +116,17 @@ def _converted(
         )
     if optimizer.defaults.get("differentiable"):
         raise ValueError("optimizer is differentiable, which an update in one pass is not; keep torch's")
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        raise ValueError(
+            "a torch scheduler is attached to the optimizer, which it would go on driving without effect; leave it "
+            'out, and write it into the section "scheduler"'
+        )
     decoupled = isinstance(optimizer, torch.optim.AdamW)
     groups = []
     for group in optimizer.param_groups:
         names = group.get("param_names")
         params = list(zip(names, group["params"], strict=True)) if names else group["params"]
-        kept = {key: group[key] for key in _GROUP_OPTIONS if key in group}
+        kept = {key: value for key, value in group.items() if key not in _NOT_TAKEN_OVER}
         groups.append({"params": params, "decoupled_weight_decay": decoupled, **kept})
     section = {"type": "Adam", "params": {}}
     ours = optimizer_from_config(groups, {**ds_config, "optimizer": section}, **{"max_grad_norm": None, **options})

@@ -5,6 +5,7 @@ Started by test_deepspeed.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -15,10 +16,12 @@ from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from engines import Config, Ours, Reference
 from ranks import Checks, run_checks
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
 import fused_sched.deepspeed
 from fused_sched import FusedScheduledAdam, schedules
+from fused_sched.masters import exact_value
 
 CHECKS = Checks()
 
@@ -179,7 +182,8 @@ def initialize_takes_a_client_adam_over() -> None:
     """The tutorial's call: a client Adam, sections of both kinds, and one step of the handle too many."""
     for optimizer_class in (torch.optim.Adam, torch.optim.AdamW, FusedScheduledAdam):
         module = engines.model()
-        client = optimizer_class(module.parameters(), lr=0.01, betas=(0.8, 0.9))
+        params = {"params": list(module.parameters()), "name": "all"}
+        client = optimizer_class([params], lr=0.01, betas=(0.8, 0.9))
         section = {**STAGES[1].section, "optimizer": {"type": "Adam", "params": {"lr": 0.5}}, "scheduler": WARMUP}
         engine, _, _, lr_scheduler = fused_sched.deepspeed.initialize(
             model=module, optimizer=client, config_params=section
@@ -187,12 +191,38 @@ def initialize_takes_a_client_adam_over() -> None:
         ours = lr_scheduler.optimizer
         group = ours.param_groups[0]
         assert group["betas"] == (0.8, 0.9)
+        assert group["name"] == "all"
         assert group["decoupled_weight_decay"] is (optimizer_class is not torch.optim.Adam)
         for step in range(5):
             train(engine, range(step, step + 1))
             lr_scheduler.step()
             assert ours.clock == step + 1
             assert lr_scheduler.get_last_lr() == [schedules.deepspeed.WarmupLR(**WARMUP["params"])(step)]
+
+
+@CHECKS
+def the_tutorials_own_call_with_the_optimizer_and_a_handle() -> None:
+    """deepspeed.initialize with both sections, and the handle stepped by the engine and once more by hand."""
+    rate = schedules.deepspeed.WarmupLR(**WARMUP["params"])
+    for stage in (0, 3):
+        module = torch.nn.Linear(10, 1)
+        optimizer = FusedScheduledAdam(module.parameters(), lr=rate)
+        config = {
+            "train_batch_size": 8,
+            "optimizer": {"type": "Adam", "params": {"lr": 0.01}},
+            "scheduler": WARMUP,
+            "zero_optimization": {"stage": stage},
+        }
+        engine, _, _, lr_scheduler = deepspeed.initialize(
+            model=module, optimizer=optimizer, lr_scheduler=optimizer.scheduler(), config_params=config
+        )
+        for step in range(6):
+            outputs = engine(torch.randn(8, 10))
+            engine.backward(outputs.mean())
+            engine.step()
+            lr_scheduler.step()
+            assert optimizer.clock == step + 1
+            assert lr_scheduler.get_last_lr() == [rate(step)]
 
 
 @CHECKS
@@ -203,6 +233,9 @@ def initialize_refuses_a_second_schedule() -> None:
     scheduled = FusedScheduledAdam(module.parameters(), lr=schedules.constant(0.1))
     assert "scheduled twice" in raised(lambda: initialize(module, section, optimizer=scheduled))
     assert "lr_scheduler" in raised(lambda: initialize(module, section, lr_scheduler=lambda optimizer: None))
+    driven = torch.optim.Adam(module.parameters())
+    LambdaLR(driven, lambda t: 1.0)
+    assert "attached" in raised(lambda: initialize(module, section, optimizer=driven))
     sgd = torch.optim.SGD(module.parameters())
     assert "SGD" in raised(lambda: initialize(module, section, optimizer=sgd))
     assert "configuration" in raised(lambda: initialize(module))
@@ -239,6 +272,44 @@ def activation_checkpointing_zero_and_bf16_together() -> None:
         for actual, same, torchs in zip(run.weights(), expected, reference.weights(), strict=True):
             assert torch.equal(actual, same)
             torch.testing.assert_close(actual, torchs, rtol=0, atol=1e-6)
+
+
+@CHECKS
+def flat_partitions_of_bfloat16_have_exact_masters() -> None:
+    """ "bf16_master_weights_and_grads" with 2 bytes for each master, bit for bit what 4 in float32 partitions give."""
+    narrow = {"bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+    for stage in (1, 2, 3):
+        wide = Config(f"zero{stage}", stage, "bf16", sub_group_size=40 if stage == 3 else None)
+        runs = engines.straight(wide, Ours), engines.straight(replace(wide, extra=narrow), Ours)
+        runs = (*runs, engines.resumed(runs[1].config))
+        expected, actual, resumed = map(trained_masters, runs)
+        assert {p.dtype for p in runs[1].client.optimizer.state} == {torch.bfloat16}
+        for values in (actual, resumed):
+            for ours, theirs in zip(values, expected, strict=True):
+                assert torch.equal(ours, theirs)
+
+
+@CHECKS
+def the_clock_comes_with_the_optimizer_and_can_be_set_back() -> None:
+    for config in STAGES:
+        first = engines.start(config, Ours)
+        first.train(range(4))
+        with engines.shared_folder() as folder:
+            first.engine.save_checkpoint(folder, tag="half")
+            second = engines.start(config, Ours)
+            second.engine.load_checkpoint(folder, tag="half", load_lr_scheduler_states=False)
+            torch.distributed.barrier()
+        optimizer = second.client.optimizer
+        assert optimizer.clock == first.applied
+        optimizer.set_clock(0)
+        second.applied = second.client.applied = 0
+        second.train(range(2, 4))
+
+
+def trained_masters(run: engines.Run) -> list[torch.Tensor]:
+    """This rank's, without the padding, which stage 3 leaves uninitialized and gives no gradients."""
+    states = run.client.optimizer.state.items()
+    return [exact_value(p, state)[state["exp_avg_sq"] > 0] for p, state in states]
 
 
 @CHECKS

@@ -53,6 +53,7 @@ class Config:
     sub_group_size: int | None = None
     autocast: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # of FusedScheduledAdam
 
     def __str__(self) -> str:
         return self.name
@@ -123,7 +124,8 @@ class Ours:
     """FusedScheduledAdam in an engine; every call of its step() is checked."""
 
     def __init__(self, config: Config, module: torch.nn.Module) -> None:
-        self.optimizer = FusedScheduledAdam([{**g, "lr": SCHEDULES[g["name"]]} for g in groups(module)])
+        scheduled = [{**g, "lr": SCHEDULES[g["name"]]} for g in groups(module)]
+        self.optimizer = FusedScheduledAdam(scheduled, **config.options)
         # Not by their "name": stage 3 overwrites it from a universal checkpoint (zero/stage3.py:3685).
         self.names = {id(group): group["name"] for group in self.optimizer.param_groups}
         self.handle = self.optimizer.scheduler()

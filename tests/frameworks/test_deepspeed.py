@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import deepspeed_grid
+import deepspeed_parallel
 import deepspeed_usage
 import pytest
 import ranks
@@ -33,6 +34,16 @@ def usage() -> dict[str, str]:
 @pytest.mark.parametrize("name", deepspeed_usage.CHECKS)
 def test_usage(name: str, usage: dict[str, str]) -> None:
     assert not usage[name], usage[name]
+
+
+@pytest.fixture(scope="module")
+def parallel() -> dict[str, str]:
+    return ranks.outcomes("deepspeed_parallel", 2)
+
+
+@pytest.mark.parametrize("name", deepspeed_parallel.CHECKS)
+def test_models_in_parts(name: str, parallel: dict[str, str]) -> None:
+    assert not parallel[name], parallel[name]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ SNIPPETS = {
     for section in re.split(r"^## ", PAGE, flags=re.M)[1:]
     for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", section, re.M | re.S))
 }
-TUTORIAL = str(ranks.ROOT / "examples" / "deepspeed_tutorial.py")
+TUTORIAL = str(ranks.ROOT / "examples" / "deepspeed_warmup.py")
 
 #: DeepSpeed would compile its collectives for CPUs first (deepspeed/comm/torch.py:47).
 PREAMBLE = """\

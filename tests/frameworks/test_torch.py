@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch_distributed
+import zero_redundancy
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +18,16 @@ def outcomes() -> dict[str, str]:
 @pytest.mark.parametrize("name", torch_distributed.CHECKS)
 def test_two_processes(name: str, outcomes: dict[str, str]) -> None:
     assert not outcomes[name], outcomes[name]
+
+
+@pytest.fixture(scope="module")
+def redundancy() -> dict[str, str]:
+    return ranks.outcomes("zero_redundancy", 2)
+
+
+@pytest.mark.parametrize("name", zero_redundancy.CHECKS)
+def test_zero_redundancy_optimizer(name: str, redundancy: dict[str, str]) -> None:
+    assert not redundancy[name], redundancy[name]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Plain torch in two processes: DDP, FSDP2, GradScaler, ZeroRedundancyOptimizer.
+"""Plain torch in two processes: DDP, FSDP2, GradScaler.
 
 Started by test_torch.py.
 """
@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -269,7 +268,7 @@ def whole_state_for_a_shard_is_refused() -> None:
 def raised(action: Callable[[], Any]) -> str:
     try:
         action()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return str(error)
     raise AssertionError("nothing was raised")
 
@@ -336,21 +335,6 @@ def gradient_scaler_skips_on_every_rank() -> None:
                 assert_same_bits(weights(module), before)
             assert optimizer.clock == step + (step < 2)
         assert optimizer.last_lr() == [RATE(4)]
-
-
-@CHECKS
-def zero_redundancy_optimizer() -> None:
-    module, reference = DistributedDataParallel(model()), DistributedDataParallel(model())
-    optimizer = ZeroRedundancyOptimizer(module.parameters(), FusedScheduledAdam, lr=RATE, weight_decay=0.1)
-    train(module, optimizer, range(4))
-    optimizer.consolidate_state_dict(to=0)
-    if dist.get_rank() == 0:
-        clocks = {group["clock"] for group in optimizer.state_dict()["param_groups"] if "clock" in group}
-        assert clocks <= {4, -1}, clocks
-    train(module, optimizer, range(4, 8))
-    train(reference, Theirs(reference.parameters()), range(8))
-    assert_close(module, reference)
-    assert optimizer.optim.clock == 8
 
 
 if __name__ == "__main__":

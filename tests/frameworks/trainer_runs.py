@@ -13,8 +13,11 @@ import engines  # before transformers: DeepSpeed without its compiler
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
+from deepspeed.utils import safe_get_full_fp32_param
 from ranks import Checks, run_checks
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -105,7 +108,9 @@ def trained(trainer_class: type[Trainer], folder: str, resume: str | None = None
 
 
 def weights(trainer: Trainer) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in trainer.model.parameters()]
+    """Whole ones; under ZeRO-3 a parameter has an id of DeepSpeed's and no elements."""
+    params = trainer.model.parameters()
+    return [(safe_get_full_fp32_param(p) if hasattr(p, "ds_id") else p).detach().clone() for p in params]
 
 
 def check_trainer(**more: Any) -> None:
@@ -140,6 +145,12 @@ def trainer_in_plain_mode() -> None:
 @CHECKS
 def trainer_under_deepspeed() -> None:
     check_trainer(deepspeed=copy.deepcopy(ZERO2))
+
+
+@CHECKS
+def trainer_under_zero_3() -> None:
+    zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    check_trainer(deepspeed={**copy.deepcopy(ZERO2), "zero_optimization": zero})
 
 
 @CHECKS
@@ -227,12 +238,31 @@ def accelerate_saves_and_loads() -> None:
 
 
 @CHECKS
+def accelerate_with_a_gradient_scaler() -> None:
+    """Accelerate replaces step() to see whether the scaler skips, which ours does on the device."""
+    reset_accelerate()
+    Accelerator(cpu=True)
+    optimizer = FusedScheduledAdam(engines.model().parameters(), lr=RATE)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    wrapped = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+    handle = AcceleratedScheduler(optimizer.scheduler(), wrapped)
+    for step in range(6):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.full_like(p, torch.inf if step == 2 else 256.0)
+        scaler.scale(torch.ones(()))  # GradScaler wants to have scaled a loss
+        wrapped.step()
+        handle.step()
+        applied = step + (step < 2)
+        assert optimizer.clock == applied
+        assert handle.get_last_lr() == [RATE(applied - 1)]
+
+
+@CHECKS
 def accelerate_with_deepspeed() -> None:
     results = []
     for fused in (True, False):
         reset_accelerate()
-        section = {**engines.Config("zero2", 2, gas=2).section, "zero_allow_untested_optimizer": True}
-        plugin = DeepSpeedPlugin(hf_ds_config=section)
+        plugin = DeepSpeedPlugin(hf_ds_config=engines.Config("zero2", 2, gas=2).section)
         accelerator = Accelerator(deepspeed_plugin=plugin)
         assert accelerator.distributed_type == DistributedType.DEEPSPEED
         module, optimizer, handle = accelerated(accelerator, fused)
