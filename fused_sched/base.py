@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from . import compiled
 from . import state as states
 from .clock import TickRule
-from .devices import Devices
+from .devices import Call, Devices
 from .engine import Engine
 from .groups import GroupRecord, GroupTable
 from .hyperparameters import GroupSettings
@@ -47,6 +48,9 @@ class OptimizerBase(StepTail):
         """
         pending = self._pending_clock()
         return self._devices.read_clock() if pending is None else pending
+
+    def _apply(self, call: Call, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None) -> None:
+        raise NotImplementedError
 
     def _pending_clock(self) -> int | None:
         """What an engine that restores checkpoints key by key has left in the groups."""
@@ -130,6 +134,8 @@ class OptimizerBase(StepTail):
             self.push_hyperparameters()
         return engine.lr_tensor
 
+    # Never traced: a graph that holds a step must end before what the step wrote is read.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _first_engine(self) -> Engine:
         """The engine of the first parameter's device, made when nothing was stepped yet."""
         if self._devices.first is None:
@@ -151,6 +157,23 @@ class OptimizerBase(StepTail):
             (0, [1.0])
         """
         return ObservingScheduler(self)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, or make them zero, as torch does; dropping them does not break a compiled graph.
+
+        Example:
+            >>> import torch
+            >>> from fused_sched import FusedScheduledAdam
+            >>> p = torch.zeros(2, requires_grad=True)
+            >>> p.sum().backward()
+            >>> FusedScheduledAdam([p]).zero_grad()
+            >>> p.grad is None
+            True
+        """
+        if set_to_none and torch.compiler.is_compiling():
+            compiled.trace_zero_grad(self)
+        else:
+            super().zero_grad(set_to_none)
 
     # -- hyperparameters on the device -----------------------------------------------------------------------
 
@@ -183,6 +206,7 @@ class OptimizerBase(StepTail):
         self._ticks = TickRule()
         self._applied_settings: list[GroupSettings] = []
         self._resumed = False  # a checkpoint was loaded, and no step taken since
+        self._key = compiled.register(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state" and not isinstance(value, states.StateMap):
