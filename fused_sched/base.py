@@ -49,7 +49,9 @@ class OptimizerBase(StepTail):
         pending = self._pending_clock()
         return self._devices.read_clock() if pending is None else pending
 
-    def _apply(self, call: Call, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None) -> None:
+    def _apply(
+        self, call: Call, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None, tick: bool | None = None
+    ) -> None:
         raise NotImplementedError
 
     def _pending_clock(self) -> int | None:

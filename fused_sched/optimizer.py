@@ -9,16 +9,16 @@ import torch
 
 from . import arena, checkpoint, compiled, dtensors, hyperparameters, packing, precision
 from . import state as states
+from .backward import BackwardSteps
 from .base import NO_CLOCK
 from .devices import Call, called_for_allocation
 from .hyperparameters import SCHEDULABLE
 from .machine import check_metric
-from .masters import ExactParameters
 from .scheduler import SECOND_SCHEDULER, refuse_engines_scheduler, refuse_partial_norm, refuse_second_scheduler
 from .schedules import Schedule
 
 
-class FusedScheduledAdam(ExactParameters):
+class FusedScheduledAdam(BackwardSteps):
     r"""Adam and AdamW with scheduled hyperparameters, evaluated and applied on the device in one pass.
 
     For update t = 1, 2, ... of a parameter, with the schedule clock at T-1 = number of updates applied before:
@@ -191,8 +191,10 @@ class FusedScheduledAdam(ExactParameters):
     def _step(self) -> None:
         self._apply(self._collect(), getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
 
-    def _apply(self, call: Call, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None) -> None:
-        """Update what the call names."""
+    def _apply(
+        self, call: Call, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None, tick: bool | None = None
+    ) -> None:
+        """Update what the call names; tick: whether it begins a new update, where the caller knows."""
         self._ticks.observe(self.param_groups)
         if not call.params:
             return
@@ -216,7 +218,7 @@ class FusedScheduledAdam(ExactParameters):
             self._devices.lay_out(self.state, call, options)
         self._take_clock_from_groups()
         ids = [id(p) for p in call.owners]
-        tick = self._ticks.should_tick(ids)
+        tick = self._ticks.should_tick(ids) if tick is None else tick
         self._push(settings)
         self._devices.step(tick, found_inf, grad_scale, reducer)
         self._ticks.record(ids, tick)
