@@ -168,10 +168,9 @@ class FusedScheduledAdam(BackwardSteps):
             (1, -1.0)
 
         Within `torch.compile` it is one operator: no graph break, no recompilation while the same parameters have
-        gradients, whatever rates, limits and schedules do. Parameters that are DTensors, and closures that call
-        backward(), break the graph. The optimizer's tensors are read after the compiled function.
+        gradients, whatever rates, limits and schedules do. DTensors and closures that call backward() break the graph.
+        The optimizer's own tensors are read after the compiled function.
 
-        Example:
             >>> compiled_step = torch.compile(opt.step, fullgraph=True, backend="eager")
             >>> compiled_step()
             >>> opt.clock, round(p[0].item(), 4)
@@ -198,6 +197,7 @@ class FusedScheduledAdam(BackwardSteps):
         self._ticks.observe(self.param_groups)
         if not call.params:
             return
+        self._refuse_offloaded("step()")
         packing.check_scaler_value("found_inf", found_inf)
         packing.check_scaler_value("grad_scale", grad_scale)
         options = self._records.options

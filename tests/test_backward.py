@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from cases import assert_same, snapshot
 from conftest import Backend
 from torch.distributed.fsdp import fully_shard
@@ -122,6 +123,18 @@ def test_a_tied_weight_is_updated_once() -> None:
     optimizer.step_in_backward(model, bucket_bytes=0)
     for x in data(4):
         loss_of(model, x).backward()
+    assert_same(snapshot(optimizer), snapshot(trained_plainly(plain, data(4))))
+
+
+def test_a_compiled_model() -> None:
+    torch._dynamo.reset()
+    model, plain = layers(), layers()
+    optimizer = FusedScheduledAdam(model.parameters(), lr=RAMP)
+    optimizer.step_in_backward(model, bucket_bytes=0)
+    compiled = torch.compile(model, backend="aot_eager")
+    for x in data(4):
+        loss_of(compiled, x).backward()  # type: ignore[arg-type]
+    assert optimizer.clock == 4
     assert_same(snapshot(optimizer), snapshot(trained_plainly(plain, data(4))))
 
 
