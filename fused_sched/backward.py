@@ -41,16 +41,18 @@ class BackwardSteps(ExactParameters):
 
         Returns a handle; its `remove()`, or leaving it as a context manager, ends this.
 
-        `step()` may stay in the loop: it finds no gradients and does nothing. Gradients cannot be accumulated over
-        several passes (`grad_divisor` divides all the same), clipped, checked or scaled by a GradScaler, because the
-        first update is made before the last gradient is known. A parameter without a gradient in a pass is left alone.
-        A pass that fails has updated some parameters; `zero_grad()` before the next. With `retain_graph=True` a second
-        pass finds weights changed that it needs, and torch raises. Activation checkpointing needs
-        `use_reentrant=False`; processes that train one model need FSDP2 (`fully_shard`), since DDP and FSDP1 sum
-        gradients later than this uses them. In the capture of a CUDA graph all gradients must fit one bucket.
+        - `step()` may stay in the loop: it finds no gradients and does nothing. Its hooks do not run within the pass.
+        - Gradients cannot be accumulated over several passes, clipped, checked or scaled by a GradScaler, because the
+          first update is made before the last gradient is known. `grad_divisor` divides all the same.
+        - A parameter that gets no gradient in a pass is left alone; a pass that reaches none is no update.
+        - A pass that fails has updated some parameters: `zero_grad()` before the next.
+        - With `retain_graph=True` a second pass finds weights changed that it needs, and torch raises.
+        - Activation checkpointing needs `use_reentrant=False`.
+        - Processes that train one model need FSDP2 (`fully_shard`): DDP and FSDP1 sum gradients too late for this.
+        - In the capture of a CUDA graph all gradients must fit one bucket.
 
-        Raises TypeError, ValueError or RuntimeError where any of this is violated: here if it can be seen here,
-        else from `backward()`, before that pass has changed anything that it could know of.
+        Raises TypeError, ValueError or RuntimeError where that is violated: here if it can be seen here, else from
+        `backward()`, at the first gradient that shows it.
 
         Example:
             >>> import torch
@@ -93,6 +95,7 @@ class StepInBackward:
         self._lock = threading.RLock()
         self._graph_task: int | None = None
         self._ticked = False
+        self._group_of: dict[int, int] = {}
         self._bucket: list[torch.Tensor] = []
         self._bucket_filled = 0
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -153,6 +156,9 @@ class StepInBackward:
         self._ticked = False
         self._bucket, self._bucket_filled = [], 0
         self._streams = {}
+        groups = self._optimizer.param_groups
+        index_of = self._optimizer._records.index_of
+        self._group_of = {id(p): index for g in groups for index in [index_of(g, groups)] for p in g["params"]}
         torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
 
     def _end_pass(self) -> None:
@@ -164,24 +170,20 @@ class StepInBackward:
     def _update(self) -> None:
         """Update the parameters whose gradients wait, and free those."""
         owners, self._bucket, self._bucket_filled = self._bucket, [], 0
-        records = self._optimizer._records
-        of_group = {
-            id(p): records.index_of(group, self._optimizer.param_groups)
-            for group in self._optimizer.param_groups
-            for p in group["params"]
-        }
         grads = [p.grad for p in owners if p.grad is not None]
         call = Call(
             owners,
             list(map(dtensors.local, owners)) if dtensors.any_distributed(owners) else owners,
             [dtensors.local_grad(p, g) for p, g in zip(owners, grads, strict=True)],
-            [of_group[id(p)] for p in owners],
+            [self._group_of[id(p)] for p in owners],
             [self._place[id(p)] for p in owners],
         )
+        for device in {p.device for p in owners}:
+            self._order_streams(device)
         with torch.no_grad():
             self._optimizer._apply(call, None, None, tick=not self._ticked)
         self._ticked = True
-        for p, grad in zip(owners, grads, strict=True):
+        for p, grad in zip(owners, call.grads, strict=True):
             if grad.is_cuda:
                 grad.record_stream(torch.cuda.current_stream(grad.device))
             p.grad = None

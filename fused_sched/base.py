@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import compiled
+from . import arena, compiled
 from . import state as states
 from .clock import TickRule
 from .devices import Call, Devices
@@ -50,7 +50,7 @@ class OptimizerBase(StepTail):
         return self._devices.read_clock() if pending is None else pending
 
     def _apply(
-        self, call: Call, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None, tick: bool | None = None
+        self, call: Call, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None, *, tick: bool | None = None
     ) -> None:
         raise NotImplementedError
 
@@ -200,6 +200,26 @@ class OptimizerBase(StepTail):
         self._push(self._records.settings(self._grad_divisor))
 
     # -- what it consists of ---------------------------------------------------------------------------------
+
+    def bytes_per_param(self) -> float:
+        """Persistent bytes of masters and moments per parameter element, padding included, as allocated.
+
+        Before the first step: as they will be.
+
+        Example:
+            >>> import torch
+            >>> from fused_sched import FusedScheduledAdam, schedules
+            >>> p = torch.zeros(256, requires_grad=True)
+            >>> opt = FusedScheduledAdam([p], lr=schedules.linear(1.0, 0.0, 100))
+            >>> opt.bytes_per_param()
+            8.0
+        """
+        kept = [s.entry.layout for s in self.state.values() if isinstance(s, states.ParamState) and s.entry]
+        layouts = kept or [
+            arena.Layout.of(p, r.group) for r in self._records for p in r.group["params"] if p.requires_grad
+        ]
+        elements = sum(layout.numel for layout in layouts)
+        return sum(arena.bytes_of(layout) for layout in layouts) / elements if elements else 0.0
 
     def _reset_runtime(self, backend: str, clock: int) -> None:
         """What is rebuilt rather than saved: engines, prepared calls, the tick rule's memory."""

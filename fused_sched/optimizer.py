@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from . import arena, checkpoint, compiled, dtensors, hyperparameters, packing, precision
-from . import state as states
+from . import checkpoint, compiled, dtensors, hyperparameters, packing, precision
 from .backward import BackwardSteps
 from .base import NO_CLOCK
 from .devices import Call, called_for_allocation
@@ -191,7 +190,7 @@ class FusedScheduledAdam(BackwardSteps):
         self._apply(self._collect(), getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
 
     def _apply(
-        self, call: Call, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None, tick: bool | None = None
+        self, call: Call, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None, *, tick: bool | None = None
     ) -> None:
         """Update what the call names; tick: whether it begins a new update, where the caller knows."""
         self._ticks.observe(self.param_groups)
@@ -336,26 +335,6 @@ class FusedScheduledAdam(BackwardSteps):
         self._devices.report(metric)
 
     # -- state ---------------------------------------------------------------------------------------------
-
-    def bytes_per_param(self) -> float:
-        """Persistent bytes of masters and moments per parameter element, padding included, as allocated.
-
-        Before the first step: as they will be.
-
-        Example:
-            >>> import torch
-            >>> from fused_sched import FusedScheduledAdam, schedules
-            >>> p = torch.zeros(256, requires_grad=True)
-            >>> opt = FusedScheduledAdam([p], lr=schedules.linear(1.0, 0.0, 100))
-            >>> opt.bytes_per_param()
-            8.0
-        """
-        kept = [s.entry.layout for s in self.state.values() if isinstance(s, states.ParamState) and s.entry]
-        layouts = kept or [
-            arena.Layout.of(p, r.group) for r in self._records for p in r.group["params"] if p.requires_grad
-        ]
-        elements = sum(layout.numel for layout in layouts)
-        return sum(arena.bytes_of(layout) for layout in layouts) / elements if elements else 0.0
 
     def state_dict(self, *, portable: bool = False) -> dict[str, Any]:
         """State and options as tensors and primitives, loadable with `weights_only=True`.
