@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from . import arena, compiled
 from . import state as states
 from .clock import TickRule
-from .devices import Devices
+from .devices import Call, Devices
 from .engine import Engine
 from .groups import GroupRecord, GroupTable
 from .hyperparameters import GroupSettings
@@ -55,6 +56,11 @@ class OptimizerBase(StepTail):
         """
         restored = self._restored_clock()
         return self._devices.read_clock() if restored is None else restored
+
+    def _apply(
+        self, call: Call, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None, *, tick: bool | None = None
+    ) -> None:
+        raise NotImplementedError
 
     def _restored_clock(self) -> int | None:
         """What an engine that restores checkpoints key by key has left in the groups or in the parameters' state."""
@@ -145,6 +151,8 @@ class OptimizerBase(StepTail):
             self.push_hyperparameters()
         return engine.lr_tensor
 
+    # Never traced: a graph that holds a step must end before what the step wrote is read.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _first_engine(self) -> Engine:
         """The engine of the first parameter's device, made when nothing was stepped yet."""
         if self._devices.first is None:
@@ -166,6 +174,23 @@ class OptimizerBase(StepTail):
             (0, [1.0])
         """
         return ObservingScheduler(self)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, or make them zero, as torch does; dropping them does not break a compiled graph.
+
+        Example:
+            >>> import torch
+            >>> from fused_sched import FusedScheduledAdam
+            >>> p = torch.zeros(2, requires_grad=True)
+            >>> p.sum().backward()
+            >>> FusedScheduledAdam([p]).zero_grad()
+            >>> p.grad is None
+            True
+        """
+        if set_to_none and torch.compiler.is_compiling():
+            compiled.trace_zero_grad(self)
+        else:
+            super().zero_grad(set_to_none)
 
     # -- hyperparameters on the device -----------------------------------------------------------------------
 
@@ -191,6 +216,26 @@ class OptimizerBase(StepTail):
 
     # -- what it consists of ---------------------------------------------------------------------------------
 
+    def bytes_per_param(self) -> float:
+        """Persistent bytes of masters and moments per parameter element, padding included, as allocated.
+
+        Before the first step: as they will be.
+
+        Example:
+            >>> import torch
+            >>> from fused_sched import FusedScheduledAdam, schedules
+            >>> p = torch.zeros(256, requires_grad=True)
+            >>> opt = FusedScheduledAdam([p], lr=schedules.linear(1.0, 0.0, 100))
+            >>> opt.bytes_per_param()
+            8.0
+        """
+        kept = [s.entry.layout for s in self.state.values() if isinstance(s, states.ParamState) and s.entry]
+        layouts = kept or [
+            arena.Layout.of(p, r.group) for r in self._records for p in r.group["params"] if p.requires_grad
+        ]
+        elements = sum(layout.numel for layout in layouts)
+        return sum(arena.bytes_of(layout) for layout in layouts) / elements if elements else 0.0
+
     def _reset_runtime(self, backend: str, clock: int) -> None:
         """What is rebuilt rather than saved: engines, prepared calls, the tick rule's memory."""
         self._records = GroupTable()
@@ -199,6 +244,7 @@ class OptimizerBase(StepTail):
         self._applied_settings: list[GroupSettings] = []
         self._resumed = False  # a checkpoint was loaded, and no step taken since
         self._clock_is_known = False  # by steps of this optimizer, a checkpoint with a clock, or set_clock()
+        self._key = compiled.register(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state" and not isinstance(value, states.StateMap):

@@ -90,6 +90,7 @@ def _exported_state(param: Any, state: states.ParamState, portable: bool, count:
 
 def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
     """Check everything, then take it over; nothing has changed when this raises."""
+    optimizer._refuse_offloaded("load_state_dict()")
     state_dict = dict(state_dict)
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         state_dict = pre_hook(optimizer, state_dict) or state_dict

@@ -153,6 +153,16 @@ class Devices:
         for engine in self.engines.values():
             engine.report(metric)
 
+    @property
+    def captured(self) -> bool:
+        """Whether a step was captured in a CUDA graph, which may be replayed."""
+        return self._captured
+
+    def forget_graphs(self) -> None:
+        """No graph that captured a step will be replayed again."""
+        self._captured = False
+        self.read_clock()
+
     def read_clock(self) -> int:
         """T, exact; waits for the first device."""
         if self.first is None:

@@ -12,11 +12,12 @@ from . import codec, conversion, dtensors, precision
 from . import state as states
 from .arena import Layout
 from .base import OptimizerBase
+from .offload import Offloading
 
 _NARROW = (torch.bfloat16, torch.float16)
 
 
-class ExactParameters(OptimizerBase):
+class ExactParameters(Offloading):
     """The part of `FusedScheduledAdam` that reads and sets parameters exactly, as their masters have them."""
 
     @torch.no_grad()
@@ -99,6 +100,7 @@ class ExactParameters(OptimizerBase):
             >>> model.weight.tolist(), opt.fp32_state_dict(model)["weight"].tolist()
             ([[0.10009765625, 0.2001953125]], [[0.10000000149011612, 0.20000000298023224]])
         """
+        self._refuse_offloaded("load_fp32_state_dict()")
         live = model.state_dict(keep_vars=True)
         _check_known(self, live)
         _check_values(live, state_dict)

@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 
-from . import arena, checkpoint, dtensors, hyperparameters, packing, precision
-from . import state as states
+from . import checkpoint, compiled, dtensors, hyperparameters, packing, precision
 from ._warnings import each_said_once
+from .backward import BackwardSteps
 from .base import NO_CLOCK
 from .callers import called_for_allocation, refuse_partial_norm, refuse_swapped_state
 from .devices import Call
 from .hyperparameters import SCHEDULABLE
 from .machine import check_metric
-from .masters import ExactParameters
 from .scheduler import SECOND_SCHEDULER, refuse_engines_scheduler, refuse_second_scheduler
 from .schedules import Schedule
 
 
-class FusedScheduledAdam(ExactParameters):
+class FusedScheduledAdam(BackwardSteps):
     r"""Adam and AdamW with scheduled hyperparameters, evaluated and applied on the device in one pass.
 
     For update t = 1, 2, ... of a parameter, with the schedule clock at T-1 = number of updates applied before:
@@ -171,24 +170,38 @@ class FusedScheduledAdam(ExactParameters):
             >>> opt.step()
             >>> opt.clock, p[0].item()
             (1, -1.0)
+
+        Within `torch.compile` it is one operator: no graph break, no recompilation while the same parameters have
+        gradients, whatever rates, limits and schedules do. DTensors and closures that call backward() break the graph.
+        The optimizer's own tensors are read after the compiled function.
+
+            >>> compiled_step = torch.compile(opt.step, fullgraph=True, backend="eager")
+            >>> compiled_step()
+            >>> opt.clock, round(p[0].item(), 4)
+            (2, -1.99)
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
+        if not torch.compiler.is_compiling() or not compiled.trace_step(self):
             self._step()
         return loss
 
-    # torch.compile runs the step as it is: what it does depends on addresses, which a trace would freeze. The
-    # private decorator is torch.optim's own; the public one imports the compiler together with this module.
+    # Never traced. The private decorator is torch.optim's own; the public one imports the compiler with this module.
     @torch._disable_dynamo  # type: ignore[attr-defined]
+    @torch.no_grad()
     def _step(self) -> None:
+        self._apply(self._collect(), getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
+
+    def _apply(
+        self, call: Call, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None, *, tick: bool | None = None
+    ) -> None:
+        """Update what the call names; tick: whether it begins a new update, where the caller knows."""
         self._ticks.observe(self.param_groups)
-        call = self._collect()
         if not call.params:
             return
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        self._refuse_offloaded("step()")
         packing.check_scaler_value("found_inf", found_inf)
         packing.check_scaler_value("grad_scale", grad_scale)
         options = self._records.options
@@ -216,7 +229,7 @@ class FusedScheduledAdam(ExactParameters):
         if restored_clock is not None:
             self.set_clock(restored_clock)
         ids = [id(p) for p in call.owners]
-        tick = self._ticks.should_tick(ids)
+        tick = self._ticks.should_tick(ids) if tick is None else tick
         self._push(settings)
         self._devices.step(tick, found_inf, grad_scale, reducer)
         self._ticks.record(ids, tick)
@@ -334,26 +347,6 @@ class FusedScheduledAdam(ExactParameters):
         self._devices.report(metric)
 
     # -- state ---------------------------------------------------------------------------------------------
-
-    def bytes_per_param(self) -> float:
-        """Persistent bytes of masters and moments per parameter element, padding included, as allocated.
-
-        Before the first step: as they will be.
-
-        Example:
-            >>> import torch
-            >>> from fused_sched import FusedScheduledAdam, schedules
-            >>> p = torch.zeros(256, requires_grad=True)
-            >>> opt = FusedScheduledAdam([p], lr=schedules.linear(1.0, 0.0, 100))
-            >>> opt.bytes_per_param()
-            8.0
-        """
-        kept = [s.entry.layout for s in self.state.values() if isinstance(s, states.ParamState) and s.entry]
-        layouts = kept or [
-            arena.Layout.of(p, r.group) for r in self._records for p in r.group["params"] if p.requires_grad
-        ]
-        elements = sum(layout.numel for layout in layouts)
-        return sum(arena.bytes_of(layout) for layout in layouts) / elements if elements else 0.0
 
     def state_dict(self, *, portable: bool = False) -> dict[str, Any]:
         """State and options as tensors and primitives, loadable with `weights_only=True`.

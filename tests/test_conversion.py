@@ -155,7 +155,7 @@ def test_from_adamw_and_back_through_the_smallest_state(backend: Backend) -> Non
         assert bool(((new - old).abs() <= 2.0**-16 * old.abs()).all())
     for old, new in zip(wide.parameters(), narrow.parameters(), strict=True):
         for name in ("exp_avg", "exp_avg_sq"):
-            value, expected = conversion.portable(new, ours.state[new])[name], theirs.state[old][name]
+            value, expected = conversion.portable(new, ours.state[new], 1)[name], theirs.state[old][name]
             assert bool(((value - expected).abs() <= 2.0**-4 * expected.abs() + 2.0**-16 * expected.abs().max()).all())
     train(narrow, ours, 3)
     exact = ours.fp32_state_dict(narrow)
@@ -163,7 +163,7 @@ def test_from_adamw_and_back_through_the_smallest_state(backend: Backend) -> Non
     back = torch.optim.AdamW(again.parameters())
     back.load_state_dict(through_a_file(ours.state_dict(portable=True)))
     for mine, its in zip(narrow.parameters(), again.parameters(), strict=True):
-        values = conversion.portable(mine, ours.state[mine])
+        values = conversion.portable(mine, ours.state[mine], 1)
         assert same_bits(back.state[its]["exp_avg"], values["exp_avg"])
         assert same_bits(back.state[its]["exp_avg_sq"], values["exp_avg_sq"])
         assert float(back.state[its]["step"]) == 8
@@ -221,7 +221,7 @@ def test_scales_follow_the_order_of_memory(backend: Backend) -> None:
         assert same_bits(same_optimizer.state[same][key], state[key])
     other, other_optimizer = make(torch.contiguous_format)
     other_optimizer.load_state_dict(saved)
-    old = conversion.portable(param, state)["exp_avg"]
-    new = conversion.portable(other, other_optimizer.state[other])["exp_avg"]
+    old = conversion.portable(param, state, 1)["exp_avg"]
+    new = conversion.portable(other, other_optimizer.state[other], 1)["exp_avg"]
     # To nearest in groups of other neighbours: half a step of a value, or of the group's smallest normal code.
     assert bool(((new - old).abs() <= 2.0**-4 * old.abs() + 2.0**-17 * old.abs().max()).all())
