@@ -179,21 +179,21 @@ class FusedScheduledAdam(ExactParameters):
     # private decorator is torch.optim's own; the public one imports the compiler together with this module.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step(self) -> None:
-        self._ticks.observe(self.param_groups)
-        call = self._collect()
-        if not call.params:
+        steady = self._devices.steady_call(self.state, self.param_groups, self._records.options)
+        call = self._collect() if steady is None else steady.call
+        if not call.owners:
             return
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         packing.check_scaler_value("found_inf", found_inf)
         packing.check_scaler_value("grad_scale", grad_scale)
         options = self._records.options
-        reusable = not self.state.changed and self._devices.rebind(call, options)
+        reusable = steady is not None or (not self.state.changed and self._devices.rebind(call, options))
         if not reusable and not all(map(self.state.has_state, call.owners)) and called_for_allocation():
             self._devices.allocate(self.state, call, options)
             return
         refuse_second_scheduler(self._records)
         reducer = self.norm_reduce_hook
-        if reducer is None and self._norm_settings().wanted:
+        if reducer is None and steady is None and self._norm_settings().wanted:
             reducer = dtensors.norm_reducer(call.owners)
         if not self._applied_settings:
             refuse_engines_scheduler(self)
@@ -202,16 +202,18 @@ class FusedScheduledAdam(ExactParameters):
         settings = self._records.settings(self._grad_divisor)
         if not reusable:
             self._devices.lay_out(self.state, call, options)
+        if steady is None:
+            steady = self._devices.watch(self.state, call, self.param_groups)
         self._take_clock_from_groups()
-        ids = [id(p) for p in call.owners]
-        tick = self._ticks.should_tick(ids)
+        tick = self._ticks.should_tick(steady.ids)
         self._push(settings)
         self._devices.step(tick, found_inf, grad_scale, reducer)
-        self._ticks.record(ids, tick)
+        self._ticks.record(steady.ids, tick)
         self._applied_settings, self._resumed = settings, False
         packing.bump_versions(call.owners)
 
     def _collect(self) -> Call:
+        self._ticks.observe(self.param_groups)
         owners: list[torch.Tensor] = []
         call = Call(owners, owners, [], [], [])
         ordinal = -1
