@@ -1,6 +1,9 @@
 // The Python module over step.h, compiled once per backend (FS_MODULE is _cpu, _cuda or a test's name).
 // Tensors are checked in Python; what arrives here are addresses and sizes. The tables of the core are
 // exported by walking them, so that Python holds no second list of tags or field offsets.
+
+// Of references counted in tensor_watch.h, a tenth of whose time the checks would take: the interpreter is held there.
+#define PYBIND11_NO_ASSERT_GIL_HELD_INCREF_DECREF
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

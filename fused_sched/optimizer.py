@@ -207,10 +207,10 @@ class FusedScheduledAdam(ExactParameters):
         self._take_clock_from_groups()
         tick = self._ticks.should_tick(steady.ids)
         self._push(settings)
+        packing.bump_versions(call.owners)  # before the update, while what the pass has read is still in the caches
         self._devices.step(tick, found_inf, grad_scale, reducer)
         self._ticks.record(steady.ids, tick)
         self._applied_settings, self._resumed = settings, False
-        packing.bump_versions(call.owners)
 
     def _collect(self) -> Call:
         self._ticks.observe(self.param_groups)
