@@ -94,7 +94,6 @@ class TensorWatch {
       // The size is read every time: what p.grad runs may be anybody's.
       for (Py_ssize_t j = 0; j < groups_[i].num_params; ++j) {
         if (PyList_GET_SIZE(params) != groups_[i].num_params) return false;
-        prefetch(index + kPrefetchDistance);
         Watched& watched = tensors_[index++];
         if (PyList_GET_ITEM(params, j) != watched.param) return false;
         if (!stays(watched)) return forgive();
@@ -125,8 +124,6 @@ class TensorWatch {
     size_t shape;  // its place in dimensions_
     View param_view;
     View grad_view;
-    const void* param_sizes;  // where they were in the latest step: within torch's own record of the tensor
-    const void* grad_sizes;
     PyObject* latest_grad;  // compared only
     py::object known_grad;  // a weak reference to one that is known not to be lazily negated
   };
@@ -193,8 +190,6 @@ class TensorWatch {
     watched.param_view = {param.device, param.dtype, keep(param.strides, param.ndim)};
     watched.grad_view = {gradient.device, gradient.dtype, keep(gradient.strides, param.ndim)};
     watched.latest_grad = grad.ptr();
-    watched.param_sizes = param.shape;
-    watched.grad_sizes = gradient.shape;
     return looks_alike(param, watched, watched.param_view) && looks_alike(gradient, watched, watched.grad_view);
   }
 
@@ -221,21 +216,6 @@ class TensorWatch {
     return tensor.byte_offset == 0 && (tensor.data != nullptr || is_empty);
   }
 
-  // Between two steps a model runs, and nothing of ours is left in the caches: the pass waits for memory most of its
-  // time, one tensor after the other. Where the objects of a later one were in the latest step is asked for ahead; a
-  // hint, which may be wrong.
-  void prefetch(size_t index) const {
-    if (index >= tensors_.size()) return;
-    const Watched& watched = tensors_[index];
-    const char* const places[] = {
-        reinterpret_cast<const char*>(watched.param), reinterpret_cast<const char*>(watched.latest_grad),
-        static_cast<const char*>(watched.param_sizes), static_cast<const char*>(watched.grad_sizes)};
-    for (const char* place : places) {
-      for (int line = -1; line <= 1; ++line) __builtin_prefetch(place + 64 * line);
-    }
-    __builtin_prefetch(watched.known_grad.ptr());
-  }
-
   bool stays(Watched& watched) {
     const py::object param = py::reinterpret_borrow<py::object>(watched.param);
     if (!is_plain_param(watched.param)) return false;
@@ -248,7 +228,6 @@ class TensorWatch {
     if (!describe(watched.param, tensor) || tensor.data != watched.param_data) return false;
     if (!looks_alike(tensor, watched, watched.param_view)) return false;
     if (!describe(grad.ptr(), tensor) || !looks_alike(tensor, watched, watched.grad_view)) return false;
-    watched.grad_sizes = tensor.shape;
     if (!is_known(grad, watched)) return false;
     watched.row->grad = reinterpret_cast<uint64_t>(tensor.data);
     return true;
@@ -281,8 +260,6 @@ class TensorWatch {
     }
     return true;
   }
-
-  static constexpr size_t kPrefetchDistance = 4;
 
   const DLPackExchangeAPI* api_;
   py::type tensor_type_;
