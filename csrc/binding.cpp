@@ -1,7 +1,11 @@
 // The Python module over step.h, compiled once per backend (FS_MODULE is _cpu, _cuda or a test's name).
 // Tensors are checked in Python; what arrives here are addresses and sizes. The tables of the core are
 // exported by walking them, so that Python holds no second list of tags or field offsets.
+
+// Of references counted in tensor_watch.h, a tenth of whose time the checks would take: the interpreter is held there.
+#define PYBIND11_NO_ASSERT_GIL_HELD_INCREF_DECREF
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstddef>
 #include <stdexcept>
@@ -11,6 +15,7 @@
 #include "float_environment.h"
 #include "norm_chunks.h"
 #include "step.h"
+#include "tensor_watch.h"
 
 // 1 when FS_MODULE is _cpu.
 #define FS_IS__cpu 1
@@ -177,6 +182,13 @@ PYBIND11_MODULE(FS_MODULE, module) {
       .def_readwrite("num_threads", &fs_call::num_threads)
       .def_readwrite("launches", &fs_call::launches);
 #undef FS_ADDRESS
+
+  py::class_<TensorWatch>(module, "TensorWatch", py::module_local())
+      .def(py::init<const py::capsule&, py::type, py::type, py::object>(), py::arg("api"), py::arg("tensor_type"),
+           py::arg("parameter_type"), py::arg("is_neg"))
+      .def("remember", &TensorWatch::remember, py::arg("groups"), py::arg("rows"))
+      .def("add_state", &TensorWatch::add_state, py::arg("tensor"), py::arg("address"))
+      .def("repeats", &TensorWatch::repeats, py::arg("groups"));
 
   module.def("norm", [](fs_call& call) { run([&](char* error) { return fs_norm(&call, error); }); });
   module.def("num_norm_chunks", [](const fs_call& call) { return num_norm_chunks(call); });

@@ -98,6 +98,7 @@ class Entry:
     index: int  # into the arena's step records
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     pointers: tuple[int, ...] = ()
+    shown: bool = False  # somebody was shown the tensors, and may have kept them
 
     def __post_init__(self) -> None:
         if self.arena is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import arena, compiled
+from . import arena, compiled, dtensors
 from . import state as states
 from .clock import TickRule
 from .devices import Call, Devices
@@ -56,6 +56,31 @@ class OptimizerBase(StepTail):
         """
         restored = self._restored_clock()
         return self._devices.read_clock() if restored is None else restored
+
+    def _collect(self) -> Call:
+        """What has a gradient, for the update to look at closely."""
+        owners: list[torch.Tensor] = []
+        call = Call(owners, owners, [], [], [])
+        ordinal = -1
+        for group in self.param_groups:
+            index = self._records.index_of(group, self.param_groups)
+            for p in group["params"]:
+                ordinal += 1
+                grad = p.grad
+                if grad is None:
+                    grad = getattr(p, "main_grad", None)
+                    if grad is None:
+                        continue
+                    if not isinstance(grad, torch.Tensor):
+                        raise TypeError(f"p.main_grad must be a tensor or None, got {grad!r}; set it to a gradient")
+                owners.append(p)
+                call.grads.append(grad)
+                call.groups.append(index)
+                call.ordinals.append(ordinal)
+        if not dtensors.any_distributed(owners) and not dtensors.any_distributed(call.grads):
+            return call
+        grads = [dtensors.local_grad(p, g) for p, g in zip(owners, call.grads, strict=True)]
+        return call._replace(params=list(map(dtensors.local, owners)), grads=grads)
 
     def _apply(
         self, call: Call, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None, *, tick: bool | None = None

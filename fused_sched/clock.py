@@ -7,7 +7,8 @@ its groups swapped or emptied; a plain loop calls it once, with all of them, and
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class TickRule:
         self._num_ever_seen = 0
         self._held_ids: list[int] = []
         self._holds_all = True
-        self._stepped_since_tick: set[int] = set()
+        self._stepped_since_tick: AbstractSet[int] = frozenset()
 
     def observe(self, groups: Sequence[dict[str, Any]]) -> None:
         """Take note of what the groups hold now."""
@@ -43,17 +44,14 @@ class TickRule:
         self._held_ids = ids
         self._holds_all = len(set(ids)) == self._num_ever_seen
 
-    def should_tick(self, stepped: Iterable[int]) -> bool:
+    def should_tick(self, stepped: AbstractSet[int]) -> bool:
         """Whether the call that is about to step the parameters of these ids begins a new update."""
         return self._holds_all or not self._stepped_since_tick or not self._stepped_since_tick.isdisjoint(stepped)
 
-    def record(self, stepped: Iterable[int], tick: bool) -> None:
+    def record(self, stepped: AbstractSet[int], tick: bool) -> None:
         """Take note of a call that was made."""
-        if tick:
-            self._stepped_since_tick = set(stepped)
-        else:
-            self._stepped_since_tick.update(stepped)
+        self._stepped_since_tick = stepped if tick else self._stepped_since_tick | stepped
 
     def forget_round(self) -> None:
         """The next call begins a new update (after a checkpoint was loaded or the clock was set)."""
-        self._stepped_since_tick = set()
+        self._stepped_since_tick = frozenset()

@@ -15,12 +15,12 @@ from .hyperparameters import GroupSettings
 from .norm import NormSettings
 from .packing import Work
 from .reference import ReferenceEngine
+from .steady import SteadyCall
 
 
 class Call(NamedTuple):
     """What one call of step() updates: parameters, their gradients, the index of each one's group, and its place
     among all parameters of the groups.
-
 
     The owners are what the groups hold and the state is kept for. Where one is a DTensor, the parameter is its shard.
     """
@@ -49,7 +49,9 @@ class Devices:
         self._last_index: int | None = None  # of the clock, in the latest step
         self._checked_places: list[tuple[Any, ...]] = []  # of parameters known not to overlap
         self._prepared_for: tuple[Any, ...] | None = None
+        self._prepared_options: list[tuple[Any, ...]] = []
         self._routes: list[tuple[Engine, list[int]]] = []
+        self._steady: SteadyCall | None = None  # the prepared call, where the compiled pass can watch it
 
     def engine(self, device: torch.device) -> Engine:
         """The engine of a device, made when first needed, with the others' clock."""
@@ -66,15 +68,44 @@ class Devices:
     def first(self) -> Engine | None:
         return next(iter(self.engines.values()), None)
 
+    def steady_call(
+        self, state: states.StateMap, groups: Sequence[dict[str, Any]], options: Sequence[Mapping[str, Any]]
+    ) -> SteadyCall | None:
+        """The prepared call, prepared again, if one with these groups repeats it; None: look closely."""
+        steady = self._steady
+        if steady is None or state.changed or _layout_options(options) != self._prepared_options:
+            return None
+        if state.shown:
+            steady.add_state(state.take_shown())
+        return steady if steady.repeats(groups) else None
+
     def rebind(self, call: Call, options: Sequence[Mapping[str, Any]]) -> bool:
         """Prepare for a call like the last one; False if its tensors must be laid out anew."""
-        if _key(call, options) != self._prepared_for:
+        if _key(call) != self._prepared_for or _layout_options(options) != self._prepared_options:
             return False
         return all(engine.rebind([call.grads[i] for i in indices]) for engine, indices in self._routes)
 
+    def watch(self, state: states.StateMap, call: Call, groups: Sequence[dict[str, Any]]) -> SteadyCall:
+        """Have repeats of the call, for which everything has just been prepared, recognised by the compiled pass."""
+        addresses = [0] * sum(len(group["params"]) for group in groups)  # of rows of the tables; 0: no gradient
+        plain = call.params is call.owners
+        for engine, indices in self._routes:
+            rows = engine.row_addresses
+            plain = plain and rows is not None
+            for i, address in zip(indices, rows or (), strict=False):
+                addresses[call.ordinals[i]] = address
+        steady = SteadyCall(call)
+        module = next(engine.backend.module for engine, _ in self._routes)
+        plain = plain and steady.watch(module, groups, addresses)
+        self._steady = steady if plain else None
+        if plain:
+            state.shown.clear()
+            steady.add_state(e for p in call.owners if (e := state.entry_of(p)) is not None and e.shown)
+        return steady
+
     def allocate(self, state: states.StateMap, call: Call, options: Sequence[Mapping[str, Any]]) -> None:
         """Check the tensors of a call, then make their state; nothing has been changed when this raises."""
-        self._prepared_for = None
+        self._prepared_for = self._steady = None
         for p, g in zip(call.params, call.grads, strict=True):
             packing.check_work(p, g)
         places = [(p.data_ptr(), p.shape, p.stride(), p.dtype) for p in call.params]
@@ -105,7 +136,7 @@ class Devices:
             indices = [i for i, p in enumerate(call.params) if p.device == device]
             engine.lay_out([works[i] for i in indices])
             self._routes.append((engine, indices))
-        self._prepared_for = _key(call, options)
+        self._prepared_for, self._prepared_options = _key(call), _layout_options(options)
 
     def _drop_engines_without_parameters(self, options: Sequence[Mapping[str, Any]]) -> None:
         """The model moved to another device: what stayed behind would be asked for the clock first."""
@@ -205,8 +236,12 @@ class Devices:
             engine.forget_rates()
 
 
-def _key(call: Call, options: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+def _key(call: Call) -> tuple[Any, ...]:
     """What must be equal for a prepared call to serve again; the tensors are looked at apart."""
-    layout_options = [(o["master"], o["moments"], o["amsgrad"]) for o in options]
     shards = [] if call.params is call.owners else [id(p) for p in call.params]
-    return [id(p) for p in call.owners], shards, call.groups, call.ordinals, layout_options
+    return [id(p) for p in call.owners], shards, call.groups, call.ordinals
+
+
+def _layout_options(options: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """What the state's layout depends on."""
+    return [(o["master"], o["moments"], o["amsgrad"]) for o in options]

@@ -36,6 +36,10 @@ class Engine(Protocol):
     def rebind(self, grads: Sequence[torch.Tensor]) -> bool:
         """Prepare for a call with the same parameters again; False if they must be laid out anew."""
 
+    @property
+    def row_addresses(self) -> Sequence[int] | None:
+        """Of the prepared call's tensors in a table that only wants new addresses of gradients; None: it wants more."""
+
     def sum_squares(self) -> torch.Tensor:
         """Sum the squares of the prepared call's gradients, into a 0-d float64 tensor that step() reads."""
 
@@ -242,6 +246,10 @@ class CompiledEngine:
 
     def rebind(self, grads: Sequence[torch.Tensor]) -> bool:
         return self._plan is not None and self._plan.bind(grads)
+
+    @property
+    def row_addresses(self) -> Sequence[int] | None:
+        return None if self._plan is None else self._plan.row_addresses
 
     def sum_squares(self) -> torch.Tensor:
         self._prepare_call(norm_is_reduced=True)

@@ -17,6 +17,7 @@ from .hyperparameters import SCHEDULABLE
 from .machine import check_metric
 from .scheduler import SECOND_SCHEDULER, refuse_engines_scheduler, refuse_second_scheduler
 from .schedules import Schedule
+from .steady import SteadyCall
 
 
 class FusedScheduledAdam(BackwardSteps):
@@ -192,20 +193,30 @@ class FusedScheduledAdam(BackwardSteps):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def _step(self) -> None:
-        self._apply(self._collect(), getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
+        steady = self._devices.steady_call(self.state, self.param_groups, self._records.options)
+        call = self._collect() if steady is None else steady.call
+        self._apply(call, getattr(self, "found_inf", None), getattr(self, "grad_scale", None), steady=steady)
 
     def _apply(
-        self, call: Call, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None, *, tick: bool | None = None
+        self,
+        call: Call,
+        found_inf: torch.Tensor | None,
+        grad_scale: torch.Tensor | None,
+        *,
+        tick: bool | None = None,
+        steady: SteadyCall | None = None,
     ) -> None:
-        """Update what the call names; tick: whether it begins a new update, where the caller knows."""
-        self._ticks.observe(self.param_groups)
-        if not call.params:
+        """Update what the call names. tick: whether it begins a new update, where the caller knows; steady: the call is
+        the last one again."""
+        if steady is None:
+            self._ticks.observe(self.param_groups)
+        if not call.owners:
             return
         self._refuse_offloaded("step()")
         packing.check_scaler_value("found_inf", found_inf)
         packing.check_scaler_value("grad_scale", grad_scale)
         options = self._records.options
-        reusable = not self.state.changed and self._devices.rebind(call, options)
+        reusable = steady is not None or (not self.state.changed and self._devices.rebind(call, options))
         if not reusable and not all(map(self.state.has_state, call.owners)):
             refuse_swapped_state()
             if called_for_allocation():
@@ -217,7 +228,8 @@ class FusedScheduledAdam(BackwardSteps):
         norm_settings = self._norm_settings()
         reducer = self.norm_reduce_hook
         if norm_settings.wanted:
-            reducer = reducer or dtensors.norm_reducer(call.owners)
+            if reducer is None and steady is None:
+                reducer = dtensors.norm_reducer(call.owners)
             if not self._applied_settings or norm_settings != self._devices.norm_settings:
                 refuse_partial_norm(call.owners, is_reduced=reducer is not None)
         if not self._applied_settings:
@@ -226,39 +238,16 @@ class FusedScheduledAdam(BackwardSteps):
         restored_clock = self._restored_clock()
         if not reusable:
             self._devices.lay_out(self.state, call, options)
+        if steady is None:
+            steady = self._devices.watch(self.state, call, self.param_groups)
         if restored_clock is not None:
             self.set_clock(restored_clock)
-        ids = [id(p) for p in call.owners]
-        tick = self._ticks.should_tick(ids) if tick is None else tick
+        tick = self._ticks.should_tick(steady.ids) if tick is None else tick
         self._push(settings)
+        packing.bump_versions(call.owners)  # before the update, while what the pass has read is still in the caches
         self._devices.step(tick, found_inf, grad_scale, reducer)
-        self._ticks.record(ids, tick)
+        self._ticks.record(steady.ids, tick)
         self._applied_settings, self._resumed, self._clock_is_known = settings, False, True
-        packing.bump_versions(call.owners)
-
-    def _collect(self) -> Call:
-        owners: list[torch.Tensor] = []
-        call = Call(owners, owners, [], [], [])
-        ordinal = -1
-        for group in self.param_groups:
-            index = self._records.index_of(group, self.param_groups)
-            for p in group["params"]:
-                ordinal += 1
-                grad = p.grad
-                if grad is None:
-                    grad = getattr(p, "main_grad", None)
-                    if grad is None:
-                        continue
-                    if not isinstance(grad, torch.Tensor):
-                        raise TypeError(f"p.main_grad must be a tensor or None, got {grad!r}; set it to a gradient")
-                owners.append(p)
-                call.grads.append(grad)
-                call.groups.append(index)
-                call.ordinals.append(ordinal)
-        if not dtensors.any_distributed(owners) and not dtensors.any_distributed(call.grads):
-            return call
-        grads = [dtensors.local_grad(p, g) for p, g in zip(owners, call.grads, strict=True)]
-        return call._replace(params=list(map(dtensors.local, owners)), grads=grads)
 
     # -- hyperparameters -----------------------------------------------------------------------------------
 

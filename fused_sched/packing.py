@@ -235,6 +235,14 @@ class Plan:
         self._stage(grads)
         return True
 
+    @property
+    def row_addresses(self) -> Sequence[int] | None:
+        """Where the rows are; None where filling in the gradients' addresses would not do, because some are copied."""
+        if self._staged_params or self._staged_grads:
+            return None
+        start = self.rows.ctypes.data
+        return range(start, start + self.rows.nbytes, self.rows.itemsize)
+
     def _stage(self, grads: Sequence[torch.Tensor]) -> None:
         """Dense copies of what the kernels cannot walk: sliced parameters, gradients in another memory order."""
         self._written_back = []

@@ -65,6 +65,10 @@ class ReferenceEngine:
     def rebind(self, grads: Sequence[torch.Tensor]) -> bool:
         return False  # nothing is prepared, so there is nothing to reuse
 
+    @property
+    def row_addresses(self) -> Sequence[int] | None:
+        return None
+
     def push_norm(self, settings: NormSettings) -> None:
         self._norm_settings = settings
 

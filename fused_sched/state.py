@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .conversion import CODES, FLOATS, check_source, fill
 
 
 class ParamState(dict[str, Any]):
-    """One parameter's state: a dict that knows when somebody else wrote to it, and tells its map."""
+    """One parameter's state: a dict that knows when somebody else wrote to it or looked at it, and tells its map."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -36,6 +37,31 @@ class ParamState(dict[str, Any]):
                 super().pop(key, None)
         self.entry = entry
         self.changed = False
+
+    def _show(self) -> None:
+        if self.entry is not None and self.owner is not None:
+            self.entry.shown = True
+            self.owner.shown[id(self.entry)] = weakref.ref(self.entry)
+
+    def __getitem__(self, key: str) -> Any:
+        self._show()
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._show()
+        return super().get(key, default)
+
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
+        self._show()
+        return super().items()
+
+    def values(self) -> ValuesView[Any]:  # type: ignore[override]
+        self._show()
+        return super().values()
+
+    def __iter__(self) -> Iterator[str]:
+        # What copies a dict (`dict(state)`, `{**state}`) goes by `__getitem__` because this method is here.
+        return super().__iter__()
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._mark()
@@ -87,6 +113,7 @@ class StateMap(defaultdict[Any, Any]):
     def __init__(self, items: Mapping[Any, Any] | None = None) -> None:
         super().__init__()
         self.changed = True
+        self.shown: dict[int, weakref.ref[Entry]] = {}  # what was looked at since the last step, by id
         for key, value in (items or {}).items():
             self[key] = value
 
@@ -138,10 +165,20 @@ class StateMap(defaultdict[Any, Any]):
 
     __copy__ = copy
 
+    def take_shown(self) -> list[Entry]:
+        """The entries that somebody looked at since the last call."""
+        entries = [entry for reference in self.shown.values() if (entry := reference()) is not None]
+        self.shown.clear()
+        return entries
+
     def has_state(self, param: torch.Tensor) -> bool:
         """Whether the parameter has state that the kernels work on; looking at `state[p]` makes none."""
+        return self.entry_of(param) is not None
+
+    def entry_of(self, param: torch.Tensor) -> Entry | None:
+        """What the kernels work on for a parameter; None before it has any."""
         value = self.get(param)
-        return isinstance(value, ParamState) and value.entry is not None
+        return value.entry if isinstance(value, ParamState) else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StateMap, (dict(self),)

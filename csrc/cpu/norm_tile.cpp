@@ -8,12 +8,16 @@ FS_NAMESPACE_BEGIN
 namespace {
 
 // Adds the upper half of the accumulators to the lower until one is left. Those past `used` are still zero, and adding
-// zero changes nothing: a tensor of a few elements costs a few additions.
-void fold(double* accumulators, int count, int64_t used) {
-  int half = count / 2;
-  while (half >= used && half > 0) half /= 2;
-  for (; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) accumulators[i] += accumulators[i + half];
+// zero changes nothing: a tensor of a few elements costs a few additions. Every length is known to the compiler, for
+// which the short sums are a few instructions then.
+template <int kCount>
+void fold(double* accumulators, int64_t used) {
+  constexpr int kHalf = kCount / 2;
+  if constexpr (kHalf > 0) {
+    if (kHalf < used) {
+      for (int i = 0; i < kHalf; ++i) accumulators[i] += accumulators[i + kHalf];
+    }
+    fold<kHalf>(accumulators, used);
   }
 }
 
@@ -34,7 +38,7 @@ void sum_squares(const typename Codec::Storage* stored, int64_t count, fs_square
   int64_t first = 0;
   for (; first + kCount <= count; first += kCount) add_row<Codec>(stored + first, kCount, middle);
   add_row<Codec>(stored + first, static_cast<int>(count - first), middle);
-  fold(middle, kCount, count);
+  fold<kCount>(middle, count);
   sum = {middle[0], 0.0, 0.0};
 }
 
@@ -65,9 +69,9 @@ void sum_squares<Float64>(const double* stored, int64_t count, fs_square_sum& su
   int64_t first = 0;
   for (; first + kCount <= count; first += kCount) add_row(stored + first, kCount, middle, large, small);
   add_row(stored + first, static_cast<int>(count - first), middle, large, small);
-  fold(middle, kCount, count);
-  fold(large, kCount, count);
-  fold(small, kCount, count);
+  fold<kCount>(middle, count);
+  fold<kCount>(large, count);
+  fold<kCount>(small, count);
   sum = {middle[0], large[0], small[0]};
 }
 

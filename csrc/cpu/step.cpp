@@ -9,6 +9,7 @@
 #include "isa.h"
 #include "norm.h"
 #include "parallel.h"
+#include "work_units.h"
 
 using namespace fused_sched;
 
@@ -16,10 +17,13 @@ namespace {
 
 // Elements per unit of parallel work: large enough that the counter the threads share costs nothing (128 KB of
 // fp32 parameters take about 30 us), small enough to balance a model of many small tensors.
-constexpr int64_t kRunLength = 32768;
+constexpr int64_t kUnitLength = 32768;
 
-// A thread is woken for no fewer runs than this: waking takes some 10 us, two runs in cache 20 us.
-constexpr int64_t kMinRunsPerThread = 2;
+// A thread is woken for no fewer units than this: waking takes some 10 us, two units in cache 20 us.
+constexpr int64_t kMinUnitsPerThread = 2;
+
+// Tensors between the one that is updated and the one whose memory is asked for.
+constexpr int64_t kAhead = 2;
 
 template <class Pointer>
 Pointer address(uint64_t base, int64_t bytes) {
@@ -55,6 +59,17 @@ fs_run make_run(const fs_call& call, int64_t index, int64_t first, int64_t count
   run.master_format = tensor.master;
   run.moments_format = tensor.moments;
   return run;
+}
+
+// What a tensor that is updated soon will read.
+void prefetch_tensor(const fs_call& call, const fs_tensor& tensor) {
+  const fs_arena& arena = call.arenas[tensor.arena];
+  const int64_t moment_bytes = tensor.param_format == kFloat64 ? 8 : kMomentBytes[tensor.moments];
+  const uint64_t state = static_cast<uint64_t>(tensor.state_offset * moment_bytes);
+  prefetch_stream(tensor.param, tensor.numel * kFormatBytes[tensor.param_format]);
+  prefetch_stream(tensor.grad, tensor.numel * kFormatBytes[tensor.grad_format]);
+  prefetch_stream(arena.slot[kExpAvg] + state, tensor.numel * moment_bytes);
+  prefetch_stream(arena.slot[kExpAvgSq] + state, tensor.numel * moment_bytes);
 }
 
 void advance_tensor(const fs_call& call, int64_t index, double grad_scale, double clip) {
@@ -118,20 +133,19 @@ void clock(fs_call& call) {
 }
 
 void update(fs_call& call) {
-  std::vector<int64_t> run_end(static_cast<size_t>(call.num_tensors));  // running number of runs per tensor
-  int64_t num_runs = 0;
-  for (int64_t i = 0; i < call.num_tensors; ++i) {
-    num_runs += (call.tensors[i].numel + kRunLength - 1) / kRunLength;
-    run_end[static_cast<size_t>(i)] = num_runs;
-  }
+  const std::vector<WorkUnit>& units = work_units(call, kUnitLength, kUnitLength).units;
+  const int64_t num_units = static_cast<int64_t>(units.size());
   const fs_update_run update_run = instruction_set().update_run;
-  const int num_threads = static_cast<int>(std::min<int64_t>(call.num_threads, num_runs / kMinRunsPerThread));
-  parallel_for(num_runs, num_threads, [&](int64_t run_index) {
-    const int64_t index = std::upper_bound(run_end.begin(), run_end.end(), run_index) - run_end.begin();
-    const int64_t before = index > 0 ? run_end[static_cast<size_t>(index - 1)] : 0;
-    const int64_t first = (run_index - before) * kRunLength;
-    const fs_run run = make_run(call, index, first, std::min(kRunLength, call.tensors[index].numel - first));
-    update_run(&run);
+  const int num_threads = static_cast<int>(std::min<int64_t>(call.num_threads, num_units / kMinUnitsPerThread));
+  parallel_for(num_units, num_threads, [&](int64_t unit_index) {
+    const WorkUnit& unit = units[static_cast<size_t>(unit_index)];
+    for (int64_t i = unit.begin; i < unit.end; ++i) {
+      if (i + kAhead < unit.end) prefetch_tensor(call, call.tensors[i + kAhead]);
+      const int64_t count = unit.end - unit.begin > 1 ? call.tensors[i].numel : unit.count;
+      if (count == 0) continue;
+      const fs_run run = make_run(call, i, unit.first, count);
+      update_run(&run);
+    }
   });
 }
 

@@ -1,0 +1,61 @@
+// How the tensors of a call are cut into units of parallel work: parts of large ones, and rows of small ones, each of
+// which would cost less than handing it to a thread.
+#pragma once
+
+#include <stdint.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../step.h"
+
+namespace fused_sched {
+
+// Elements [first, first + count) of one tensor, or all elements of several.
+struct WorkUnit {
+  int64_t begin;  // tensors [begin, end)
+  int64_t end;
+  int64_t first;
+  int64_t count;  // of all tensors together
+  int64_t chunk;  // number of chunks before it
+};
+
+struct WorkUnits {
+  std::vector<WorkUnit> units;
+  int64_t num_chunks = 0;
+};
+
+// unit_length: about how many elements a unit has, a multiple of chunk_length. A tensor begins a new chunk; empty ones
+// have none. The units are the calling thread's, until its next call: a steady step allocates nothing.
+inline const WorkUnits& work_units(const fs_call& call, int64_t unit_length, int64_t chunk_length) {
+  thread_local WorkUnits work;
+  std::vector<WorkUnit>& units = work.units;
+  units.clear();
+  int64_t chunk = 0;
+  bool extends = false;  // whether the last unit takes further tensors
+  for (int64_t i = 0; i < call.num_tensors; ++i) {
+    const int64_t numel = call.tensors[i].numel;
+    if (extends && units.back().count + numel <= unit_length) {
+      units.back().end = i + 1;
+      units.back().count += numel;
+    } else {
+      extends = 0 < numel && numel <= unit_length;
+      for (int64_t first = 0; first < numel; first += unit_length) {
+        units.push_back({i, i + 1, first, std::min(unit_length, numel - first), chunk + first / chunk_length});
+      }
+    }
+    chunk += numel <= chunk_length ? numel > 0 : (numel + chunk_length - 1) / chunk_length;
+  }
+  work.num_chunks = chunk;
+  return work;
+}
+
+// Asks for the beginning of a stream that will be read soon: tensors lie anywhere, where the processor's own prefetcher
+// cannot know of them.
+inline void prefetch_stream(uint64_t address, int64_t bytes) {
+  constexpr int64_t kBytes = 512;
+  const char* const begin = reinterpret_cast<const char*>(address);
+  for (int64_t offset = 0; offset < std::min(bytes, kBytes); offset += 64) __builtin_prefetch(begin + offset, 1, 3);
+}
+
+}  // namespace fused_sched

@@ -1,0 +1,454 @@
+"""The steady step's compiled pass: taken when a call repeats the last one, and never when anything about it changed.
+
+Every change is made to two optimizers, of which one has no such pass: they must agree in every bit, or in their error.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import subprocess
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_same, snapshot
+from conftest import Backend
+
+from fused_sched import FusedScheduledAdam, schedules, steady
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+
+needs_exchange_api = pytest.mark.skipif(
+    steady._EXCHANGE_API is None, reason="this torch has no DLPack exchange API (2.13 has)"
+)
+
+
+class Watched:
+    """An optimizer, and how often it looked closely at its tensors."""
+
+    def __init__(self, backend: Backend, with_pass: bool, **options: Any) -> None:
+        self.params = [
+            backend.parameter([[1.0, -2.0], [3.0, 0.5]]),
+            backend.parameter([4.0, -1.0, 2.0]),
+            backend.parameter([0.5, 8.0, -0.25, 1.0], torch.bfloat16),
+            backend.parameter([7.0]),  # has no gradient
+        ]
+        groups = [{"params": self.params[:2]}, {"params": self.params[2:], "weight_decay": 0.5}]
+        options = {"lr": schedules.linear(0.1, 0.5, 8), "max_grad_norm": 2.0, **options}
+        self.optimizer = backend.optimizer(groups, **options)
+        self.close_looks = 0
+        self.updates = 0
+        collect = self.optimizer._collect
+
+        def counted() -> Any:
+            self.close_looks += 1
+            return collect()
+
+        self.optimizer._collect = counted  # type: ignore[method-assign]
+        if not with_pass:
+            self.optimizer._devices.steady_call = lambda *args: None  # type: ignore[method-assign]
+
+    def set_gradients(self) -> None:
+        self.updates += 1
+        for index, param in enumerate(self.params[:3]):
+            param.grad = torch.full_like(param, (index + 1) * (-0.5) ** self.updates)
+
+    def step(self) -> str:
+        """What went wrong; empty if nothing did."""
+        try:
+            self.optimizer.step()
+        except (RuntimeError, TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+
+def pair(backend: Backend, **options: Any) -> tuple[Watched, Watched]:
+    """One with the pass and one without, after the steps in which they prepare themselves."""
+    both = Watched(backend, True, **options), Watched(backend, False, **options)
+    for watched in both:
+        for _ in range(3):
+            watched.set_gradients()
+            watched.optimizer.step()
+    return both
+
+
+# ---- taken -------------------------------------------------------------------------------------------
+
+
+@needs_exchange_api
+@pytest.mark.parametrize("fresh", [True, False], ids=["new_gradients", "gradients_in_place"])
+def test_a_steady_step_looks_at_nothing_twice(fresh: bool, compiled: Backend) -> None:
+    ours, plain = pair(compiled)
+    for watched in (ours, plain):
+        for _ in range(4):
+            if fresh:
+                watched.set_gradients()
+            else:
+                for param in watched.params[:3]:
+                    param.grad.mul_(-0.5)  # type: ignore[union-attr]
+            watched.optimizer.step()
+    assert (ours.close_looks, plain.close_looks) == (1, 7)
+    assert_same(snapshot(ours.optimizer), snapshot(plain.optimizer))
+    assert ours.optimizer.clock == 7
+    assert [param._version for param in ours.params] == [param._version for param in plain.params]
+
+
+@needs_exchange_api
+def test_backward_and_zero_grad_are_steady(compiled: Backend) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).to(compiled.device)
+    optimizer = compiled.optimizer(model.parameters(), lr=0.1)
+    x = torch.ones(5, 3, device=compiled.device)
+    looks = []
+    collect = optimizer._collect
+    optimizer._collect = lambda: looks.append(1) or collect()  # type: ignore[method-assign, func-returns-value]
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert len(looks) == 1
+
+
+@needs_exchange_api
+def test_options_may_change_in_a_steady_step(compiled: Backend) -> None:
+    ours, plain = pair(compiled)
+    for watched in (ours, plain):
+        optimizer = watched.optimizer
+        optimizer.param_groups[0]["lr"] *= 0.5
+        optimizer.param_groups[1]["weight_decay"] = 0.25
+        watched.set_gradients()
+        optimizer.step()
+        optimizer.max_grad_norm = None
+        optimizer.set_schedule(schedules.constant(0.25), group=1)
+        watched.set_gradients()
+        optimizer.step()
+        optimizer.set_clock(2)
+        watched.set_gradients()
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())  # into memory in use
+        watched.set_gradients()
+        optimizer.step()
+    assert ours.close_looks == 1
+    assert_same(snapshot(ours.optimizer), snapshot(plain.optimizer))
+
+
+# ---- what it must notice -----------------------------------------------------------------------------
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+def first_grad(watched: Watched) -> torch.Tensor:
+    grad = watched.params[0].grad
+    assert grad is not None
+    return grad
+
+
+def move_a_parameter(watched: Watched) -> None:
+    watched.params[0].data = watched.params[0].data.clone()
+
+
+def transpose_a_parameter_in_its_place(watched: Watched) -> None:
+    watched.params[0].data = watched.params[0].data.t()
+
+
+def put_a_parameter_onto_another(watched: Watched) -> None:
+    watched.params[1].data = watched.params[0].data.view(-1)[:3]
+
+
+def convert_a_parameter(watched: Watched) -> None:
+    param = watched.params[1]
+    param.grad = None
+    param.data = param.data.double()
+    param.grad = torch.ones_like(param)
+
+
+def lose_a_gradient(watched: Watched) -> None:
+    watched.params[1].grad = None
+
+
+def freeze_a_parameter(watched: Watched) -> None:
+    watched.params[1].requires_grad_(False).grad = None
+
+
+def gain_a_gradient(watched: Watched) -> None:
+    watched.params[3].grad = torch.ones(1, device=watched.params[3].device)
+
+
+def gain_a_main_grad(watched: Watched) -> None:
+    watched.params[3].main_grad = torch.ones(1, device=watched.params[3].device)  # type: ignore[attr-defined]
+
+
+def give_a_main_grad_of_another_dtype(watched: Watched) -> None:
+    watched.params[2].grad = None
+    watched.params[2].main_grad = torch.ones(4, device=watched.params[2].device)  # type: ignore[attr-defined]
+
+
+def give_a_main_grad_of_another_shape(watched: Watched) -> None:
+    watched.params[2].grad = None
+    watched.params[2].main_grad = torch.ones(5, device=watched.params[2].device)  # type: ignore[attr-defined]
+
+
+def give_a_main_grad_that_is_no_tensor(watched: Watched) -> None:
+    watched.params[3].main_grad = "gradient"  # type: ignore[attr-defined]
+
+
+def transpose_a_gradient(watched: Watched) -> None:
+    watched.params[0].grad = first_grad(watched).t().contiguous().t()
+
+
+def expand_a_gradient(watched: Watched) -> None:
+    watched.params[0].grad = first_grad(watched)[:1, :1].expand(2, 2)
+
+
+def negate_a_gradient_lazily(watched: Watched) -> None:
+    watched.params[0].grad = torch._neg_view(first_grad(watched))
+
+
+def give_a_zero_tensor(watched: Watched) -> None:
+    watched.params[0].grad = torch._efficientzerotensor((2, 2), device=watched.params[0].device)
+
+
+def give_a_sparse_gradient(watched: Watched) -> None:
+    watched.params[0].grad = first_grad(watched).to_sparse()
+
+
+def give_a_gradient_of_a_subclass(watched: Watched) -> None:
+    watched.params[0].grad = first_grad(watched).as_subclass(Tagged)
+
+
+def replace_a_moment(watched: Watched) -> None:
+    state = watched.optimizer.state[watched.params[0]]
+    state["exp_avg"] = state["exp_avg"] * 2.0
+
+
+def point_a_moment_elsewhere(watched: Watched) -> None:
+    state = watched.optimizer.state[watched.params[0]]
+    state["exp_avg"].data = state["exp_avg"] * 2.0
+
+
+def point_a_count_elsewhere_through_a_copy_of_the_dict(watched: Watched) -> None:
+    copied = {**watched.optimizer.state[watched.params[0]]}
+    copied["step"].data = torch.tensor(9.0, device=copied["step"].device)
+
+
+def clear_the_state(watched: Watched) -> None:
+    watched.optimizer.state.clear()
+
+
+def remove_a_parameter(watched: Watched) -> None:
+    del watched.optimizer.param_groups[0]["params"][0]
+
+
+def exchange_parameters(watched: Watched) -> None:
+    watched.optimizer.param_groups[0]["params"].reverse()
+
+
+def replace_the_groups(watched: Watched) -> None:
+    watched.optimizer.param_groups = [dict(group) for group in watched.optimizer.param_groups]
+
+
+def reverse_the_groups(watched: Watched) -> None:
+    watched.optimizer.param_groups.reverse()
+
+
+def add_a_group(watched: Watched) -> None:
+    extra = torch.nn.Parameter(torch.ones(2, device=watched.params[0].device))
+    extra.grad = torch.ones_like(extra)
+    watched.params.append(extra)
+    watched.optimizer.add_param_group({"params": [extra]})
+
+
+def keep_the_largest_second_moment(watched: Watched) -> None:
+    watched.optimizer.param_groups[0]["amsgrad"] = True
+
+
+CHANGES = [
+    move_a_parameter,
+    transpose_a_parameter_in_its_place,
+    put_a_parameter_onto_another,
+    convert_a_parameter,
+    lose_a_gradient,
+    freeze_a_parameter,
+    gain_a_gradient,
+    gain_a_main_grad,
+    give_a_main_grad_of_another_dtype,
+    give_a_main_grad_of_another_shape,
+    give_a_main_grad_that_is_no_tensor,
+    transpose_a_gradient,
+    expand_a_gradient,
+    negate_a_gradient_lazily,
+    give_a_zero_tensor,
+    give_a_sparse_gradient,
+    give_a_gradient_of_a_subclass,
+    replace_a_moment,
+    point_a_moment_elsewhere,
+    point_a_count_elsewhere_through_a_copy_of_the_dict,
+    clear_the_state,
+    remove_a_parameter,
+    exchange_parameters,
+    replace_the_groups,
+    reverse_the_groups,
+    add_a_group,
+    keep_the_largest_second_moment,
+]
+
+
+@needs_exchange_api
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_is_noticed(change: Callable[[Watched], None], compiled: Backend) -> None:
+    ours, plain = pair(compiled)
+    errors = []
+    for watched in (ours, plain):
+        watched.set_gradients()
+        change(watched)
+        errors.append(watched.step())
+    assert ours.close_looks == 2
+    assert errors[0] == errors[1]
+    assert_same(snapshot(ours.optimizer), snapshot(plain.optimizer))
+    if errors[0]:
+        return
+    for watched in (ours, plain):  # and the pass serves again, or does not, with the same results
+        for _ in range(3):
+            for param in watched.params:
+                if param.grad is not None:
+                    param.grad = param.grad * 0.5
+            watched.optimizer.step()
+    assert_same(snapshot(ours.optimizer), snapshot(plain.optimizer))
+
+
+@needs_exchange_api
+def test_state_that_was_looked_at_long_ago_is_watched_as_long_as_somebody_has_it(compiled: Backend) -> None:
+    ours, plain = pair(compiled)
+    for watched in (ours, plain):
+        optimizer = watched.optimizer
+        kept = optimizer.state[watched.params[1]]["exp_avg_sq"]
+        for _ in range(3):
+            watched.set_gradients()
+            optimizer.step()
+        assert watched is plain or watched.close_looks == 1
+        kept.data = kept * 3.0
+        for _ in range(2):
+            watched.set_gradients()
+            optimizer.step()
+        assert watched is plain or watched.close_looks == 2
+    assert_same(snapshot(ours.optimizer), snapshot(plain.optimizer))
+
+
+@needs_exchange_api
+def test_a_gradient_that_stays_is_known_until_it_is_replaced_in_its_place(compiled: Backend) -> None:
+    """By its own lazy negation: the same memory, shape and strides, in an object that may get the former's address."""
+    ours, plain = pair(compiled)
+    for watched in (ours, plain):
+        for _ in range(3):  # seen twice, a gradient is no longer asked whether it is negated
+            watched.optimizer.step()
+        watched.params[0].grad = torch._neg_view(first_grad(watched).detach())
+        watched.optimizer.step()
+    assert ours.close_looks == 2
+    assert_same(snapshot(ours.optimizer), snapshot(plain.optimizer))
+
+
+# ---- where it cannot serve ---------------------------------------------------------------------------
+
+
+def test_parameters_of_a_subclass_are_left_to_the_close_look(compiled: Backend) -> None:
+    class Named(torch.nn.Parameter):
+        pass
+
+    named, plain = Named(torch.ones(3, device=compiled.device)), compiled.parameter([1.0, 1.0, 1.0])
+    for param in (named, plain):
+        optimizer = compiled.optimizer([param], lr=0.5)
+        for _ in range(3):
+            param.grad = torch.ones(3, device=compiled.device)
+            optimizer.step()
+        assert optimizer._devices._steady is None or param is plain
+    assert torch.equal(named, plain)
+
+
+def test_without_torchs_exchange_api_every_step_looks_closely(
+    compiled: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steady, "_EXCHANGE_API", None)
+    ours, plain = pair(compiled)
+    assert ours.close_looks == plain.close_looks == 3
+    assert_same(snapshot(ours.optimizer), snapshot(plain.optimizer))
+
+
+def test_copied_gradients_are_left_to_the_close_look(compiled: Backend) -> None:
+    param = compiled.parameter([[1.0, 2.0], [3.0, 4.0]])
+    optimizer = compiled.optimizer([param], lr=0.5, eps=0.0)
+    for sign in (1.0, -1.0, 1.0):
+        param.grad = torch.tensor([[sign, -sign], [sign, sign]], device=param.device).t()
+        optimizer.step()
+    plain = compiled.parameter([[1.0, 2.0], [3.0, 4.0]])
+    beside = compiled.optimizer([plain], lr=0.5, eps=0.0)
+    for sign in (1.0, -1.0, 1.0):
+        plain.grad = torch.tensor([[sign, -sign], [sign, sign]], device=plain.device).t().contiguous()
+        beside.step()
+    assert torch.equal(param, plain)
+
+
+# ---- what it must not do -----------------------------------------------------------------------------
+
+
+@needs_exchange_api
+def test_nothing_is_kept_alive(compiled: Backend) -> None:
+    watched = Watched(compiled, True)
+    grads = []
+    for _ in range(4):
+        watched.set_gradients()
+        grads.append(weakref.ref(first_grad(watched)))
+        watched.optimizer.step()
+        watched.optimizer.step()
+    watched.optimizer.zero_grad()
+    gc.collect()
+    assert [grad() for grad in grads] == [None] * 4
+    optimizer: weakref.ref[FusedScheduledAdam] = weakref.ref(watched.optimizer)
+    watched.params[0].owner = watched.optimizer  # type: ignore[attr-defined]  # a cycle through what is watched
+    del watched
+    gc.collect()
+    assert optimizer() is None
+
+
+@needs_exchange_api
+def test_a_failed_step_changes_nothing_and_the_next_is_right(compiled: Backend) -> None:
+    ours, plain = pair(compiled)
+    for watched in (ours, plain):
+        watched.set_gradients()
+        before = [param.detach().clone() for param in watched.params]
+        watched.optimizer.param_groups[0]["lr"] = "much"
+        assert "lr must be a number" in watched.step()
+        assert all(torch.equal(p, b) for p, b in zip(watched.params, before, strict=True))
+        watched.optimizer.param_groups[0]["lr"] = 0.1
+        assert watched.step() == ""
+    assert_same(snapshot(ours.optimizer), snapshot(plain.optimizer))
+
+
+def test_the_exchange_api_is_laid_out_as_torchs_header_says(tmp_path: Path) -> None:
+    header = Path(torch.__file__).parent / "include" / "ATen" / "dlpack.h"
+    if "DLPackExchangeAPI" not in (header.read_text() if header.exists() else "") or shutil.which("g++") is None:
+        pytest.skip("needs g++ and the headers of torch 2.13")
+    fields = {
+        "DLPackVersion": ("major", "minor"),
+        "DLDevice": ("device_type", "device_id"),
+        "DLDataType": ("code", "bits", "lanes"),
+        "DLTensor": ("data", "device", "ndim", "dtype", "shape", "strides", "byte_offset"),
+        "DLPackExchangeAPI": ("managed_tensor_allocator", "dltensor_from_py_object_no_sync", "current_work_stream"),
+    }
+    checks = [f"static_assert(sizeof(fused_sched::{name}) == sizeof(::{name}));" for name in fields]
+    checks += [
+        f"static_assert(offsetof(fused_sched::{name}, {field}) == offsetof(::{name}, {field}));"
+        for name, members in fields.items()
+        for field in members
+    ]
+    checks.append("static_assert(offsetof(fused_sched::DLPackExchangeAPI, version) == 0);")
+    checks.append("static_assert(fused_sched::kDLPackMajorVersion == DLPACK_MAJOR_VERSION);")
+    source = tmp_path / "layout.cpp"
+    includes = ["<stddef.h>", f'"{header}"', f'"{CSRC / "dlpack.h"}"']
+    source.write_text("\n".join([*(f"#include {name}" for name in includes), *checks]) + "\n")
+    result = subprocess.run(["g++", "-std=c++17", "-fsyntax-only", str(source)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
