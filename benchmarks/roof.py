@@ -69,7 +69,8 @@ def _stream(num_bytes: int, updated_share: float, num_threads: int) -> Roof | No
     library = _library()
     if library is None:
         return None
-    num_updated = max(1, min(MAX_UPDATED, round(updated_share / (1.0 - updated_share))))
+    whole_streams = int(updated_share / (1.0 - updated_share) + 0.501)
+    num_updated = max(1, min(MAX_UPDATED, whole_streams))
     floats = num_bytes // (4 * (2 * num_updated + 1))
     repeats = -(-floats * 4 * (num_updated + 1) // MOST_BYTES)
     count = max(1, floats // repeats // LINE) * LINE
