@@ -23,8 +23,12 @@ OBJECTS = ROOT / "build" / str(sysconfig.get_config_var("SOABI") or sys.implemen
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
 
 
-def build(folder: Path, dry_run: bool) -> Path:
-    """Returns the program's path. Raises RuntimeError where an object or a tool is missing."""
+def build(folder: Path, dry_run: bool, *dry_flags: str) -> Path:
+    """Returns the program's path.
+
+    dry_flags: for the compiler, of the device's part of a dry run. Raises RuntimeError where an object or a tool is
+    missing.
+    """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     compiler = list(toolchain.find_cpp_compiler().command)
@@ -35,7 +39,9 @@ def build(folder: Path, dry_run: bool) -> Path:
         sys.path.insert(0, str(ROOT / "tests"))
         from cuda_on_cpu.build import library
 
-        run([*compiler, *FLAGS, "-DFS_DEVICE", "-DFS_ON_CPU", "-c", exports, "-o", str(folder / "device.o")])
+        run(
+            [*compiler, *FLAGS, "-DFS_DEVICE", "-DFS_ON_CPU", *dry_flags, "-c", exports, "-o", str(folder / "device.o")]
+        )
         link(compiler, folder, "device", [str(library())])
     else:
         cuda = toolchain.find_cuda_toolkit()

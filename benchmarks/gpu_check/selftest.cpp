@@ -5,6 +5,7 @@
 //
 // check: every combination of formats, aligned and misaligned, many tensors, a skipped step. small: a few of them, for
 // compute-sanitizer. once: one update each of three formats, for ncu. SCHEDULE: a file with a schedule program.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -39,7 +40,9 @@ enum Side { kOracle, kDevice };
 class Buffer {
  public:
   explicit Buffer(size_t bytes, size_t shift = 0)
-      : shift_(shift), host_(bytes + shift), device_(static_cast<uint8_t*>(device_allocate(bytes + shift + 1))) {
+      : shift_(shift),
+        host_(bytes + shift),
+        device_(static_cast<uint8_t*>(device_allocate(std::max<size_t>(bytes + shift, 1)))) {
     upload();
   }
   Buffer(Buffer&& other) noexcept : shift_(other.shift_), host_(std::move(other.host_)), device_(other.device_) {

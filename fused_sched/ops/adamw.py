@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -24,6 +24,32 @@ from .call import (
     upload,
 )
 from .state import StepCounts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Options(TypedDict, total=False):
+    """What an update takes beside its tensors and counts; `adamw_` says what each means."""
+
+    lr: Value
+    betas: tuple[Value, Value]
+    eps: float
+    weight_decay: Value
+    decoupled_weight_decay: bool
+    maximize: bool
+    max_exp_avg_sqs: Sequence[torch.Tensor]
+    masters: Sequence[torch.Tensor]
+    exp_avg_scales: Sequence[torch.Tensor]
+    exp_avg_sq_scales: Sequence[torch.Tensor]
+    stochastic_rounding: bool
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    grad_divisor: float
+    grad_scale: torch.Tensor | None
+    found_inf: torch.Tensor | None
+    seed: int
+    backend: str
 
 
 class PreparedAdamW:
@@ -173,7 +199,7 @@ def adamw_(
     exp_avgs: Sequence[torch.Tensor],
     exp_avg_sqs: Sequence[torch.Tensor],
     counts: StepCounts,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> None:
     r"""One AdamW update in place, of tensors that share their dtype and hyperparameters.
 
