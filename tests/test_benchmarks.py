@@ -309,9 +309,17 @@ def test_the_report_is_written(found: dict[str, Any], tmp_path: Path) -> None:
     assert "## Schedules" in text
     assert "roof: 4 streams updated" in text or roof._library() is None
     assert paths[2].stat().st_size > 10_000
-    assert report.summary(found).count("\n") == 1 + 3
+    assert report.summary(found).count("\n") == 1 + 3  # of two formats and the step in cache
     for width in {len(line.split("|")) for line in report.summary(found).splitlines()}:
         assert width == 7
+
+
+def test_the_summary_compares_what_a_row_names() -> None:
+    """Of the kernels alone: both in units of our step."""
+    row = {"suite": "cache", "case": "kernel alone", "ms": 1.0, "ms_quartiles": [1.0, 1.0], "roof_fraction": None}
+    ratios = {OURS: 1.0, FUSED: 9.0, "fused_sched.ops, prepared": 0.25, "torch kernel": 0.5}
+    rows = [{**row, "peer": peer, "ratio": ratio} for peer, ratio in ratios.items()]
+    assert report.summary({"results": rows}).splitlines()[-1].split(" | ")[3] == "2.00"
 
 
 def test_a_gpu_report_has_gpu_json(found: dict[str, Any], tmp_path: Path) -> None:
