@@ -18,6 +18,9 @@ from .timing import CpuTimer, CudaTimer, Timer, Times, alternate, median_ratio, 
 ROOF = "roof"
 #: On a CPU, the caches may hold what is smaller: no roof is measured beside it.
 BEYOND_CACHES = 100 << 20
+#: Times of one peer differ by a third between runs of a program, by where its pages lie in the caches and the memory's
+#: banks, and by a few percent within one: each trial allocates everything anew. Larger cases take too long to set up.
+TRIALS, MOST_BYTES_OF_TRIALS = 3, 600 << 20
 
 
 @dataclass
@@ -53,28 +56,35 @@ def threads(count: int | None) -> Iterator[None]:
 
 def measure(case: Case, device: torch.device, seconds: float) -> tuple[list[Measured], dict[str, str]]:
     """A row for each peer that can run, ours first, the roof last; and why the others cannot."""
+    num_trials = TRIALS if device.type == "cpu" and BEYOND_CACHES <= 16 * case.numel <= MOST_BYTES_OF_TRIALS else 1
     with threads(case.num_threads if device.type == "cpu" else None):
-        contestants, missing = _contestants(case, device)
-        if OURS not in [c.peer for c in contestants]:
-            return [], missing
-        peaks = [_peak_bytes(contestant, device) for contestant in contestants]
-        ours = next(c for c in contestants if c.peer == OURS)
-        timer = _timer(case, device)
-        ceiling = _roof(case, ours, device)
-        everyone: list[Any] = [*contestants, *([RoofContestant(ceiling)] if ceiling else [])]
-        all_times = alternate(everyone, timer, seconds)
-        rows = [
-            Measured(_row(case, contestant, times, peak, device), times)
-            for contestant, times, peak in zip(contestants, all_times, peaks, strict=False)
-        ]
-        if ceiling is not None:
-            rows.append(Measured(_roof_row(case, ceiling, all_times[-1]), all_times[-1]))
-    _relate(rows)
-    del contestants, everyone, ours
+        rows, missing = _trial(case, device, seconds / num_trials)
+        for _ in range(num_trials - 1):
+            again = {m.row["peer"]: m.times for m in _trial(case, device, seconds / num_trials)[0]}
+            for measured in rows:
+                measured.times.samples += again[measured.row["peer"]].samples
+    for measured in rows:
+        _add_times(measured)
+    if rows:
+        _relate(rows)
+    return rows, missing
+
+
+def _trial(case: Case, device: torch.device, seconds: float) -> tuple[list[Measured], dict[str, str]]:
+    """Everybody in memory of their own, timed."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return rows, missing
+    contestants, missing = _contestants(case, device)
+    if OURS not in [c.peer for c in contestants]:
+        return [], missing
+    rows = [_row(case, contestant, device) for contestant in contestants]
+    ceiling = _roof(case, contestants[0], device)
+    everyone: list[Any] = [*contestants]
+    if ceiling is not None:
+        rows.append(_roof_row(case, ceiling))
+        everyone.append(RoofContestant(ceiling))
+    return list(map(Measured, rows, alternate(everyone, _timer(case, device), seconds))), missing
 
 
 def moved_bytes(case: Case, contestant: Contestant) -> float:
@@ -144,9 +154,7 @@ def _roof(case: Case, ours: Contestant, device: torch.device) -> roof.Roof | Non
     return roof.of(device, num_bytes, updated / (updated + read))
 
 
-def _row(case: Case, contestant: Contestant, times: Times, peak: int | None, device: torch.device) -> dict[str, Any]:
-    seconds, processor = spread(times.seconds), spread(times.processor_seconds)
-    moved = moved_bytes(case, contestant)
+def _row(case: Case, contestant: Contestant, device: torch.device) -> dict[str, Any]:
     return {
         "suite": case.suite,
         "case": case.name,
@@ -155,21 +163,14 @@ def _row(case: Case, contestant: Contestant, times: Times, peak: int | None, dev
         "tensors": len(case.shapes),
         "groups": case.num_groups,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "rounds": len(times.samples),
-        "ms": 1e3 * seconds.median,
-        "ms_quartiles": [1e3 * seconds.lower, 1e3 * seconds.upper],
-        "processor_ms": 1e3 * processor.median,
-        "host_us": 1e6 * spread(times.host_seconds).median,
         "kept_bytes_per_param": contestant.kept_bytes(),
-        "bytes_per_param": moved,
-        "gbps": moved * case.numel / seconds.median / 1e9,
+        "bytes_per_param": moved_bytes(case, contestant),
         "launches": _launches(contestant, device),
-        "peak_extra_bytes": peak,
+        "peak_extra_bytes": _peak_bytes(contestant, device),
     }
 
 
-def _roof_row(case: Case, ceiling: roof.Roof, times: Times) -> dict[str, Any]:
-    seconds = spread(times.seconds)
+def _roof_row(case: Case, ceiling: roof.Roof) -> dict[str, Any]:
     return {
         "suite": case.suite,
         "case": case.name,
@@ -177,10 +178,20 @@ def _roof_row(case: Case, ceiling: roof.Roof, times: Times) -> dict[str, Any]:
         "what": ceiling.what,
         "n": case.numel,
         "bytes": ceiling.num_bytes,
+    }
+
+
+def _add_times(measured: Measured) -> None:
+    row, times = measured.row, measured.times
+    seconds = spread(times.seconds)
+    num_bytes = row["bytes"] if row["peer"] == ROOF else row["bytes_per_param"] * row["n"]
+    row |= {
         "rounds": len(times.samples),
         "ms": 1e3 * seconds.median,
         "ms_quartiles": [1e3 * seconds.lower, 1e3 * seconds.upper],
-        "gbps": ceiling.num_bytes / seconds.median / 1e9,
+        "processor_ms": 1e3 * spread(times.processor_seconds).median,
+        "host_us": 1e6 * spread(times.host_seconds).median,
+        "gbps": num_bytes / seconds.median / 1e9,
     }
 
 
