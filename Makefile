@@ -1,4 +1,4 @@
-# make demo | test | test-frameworks | lint | format | docs | build | wheel | clean
+# make demo | test | test-frameworks | bench | gpu-check | lint | format | docs | build | wheel | clean
 #
 # On a fresh machine with Python >= 3.10 and g++, `make demo` and `make test` do all the set-up, in $(VENV).
 # Nothing here compares file times of sources: ninja does that, in about a second.
@@ -22,7 +22,7 @@ QUIET = sh -c 'what=$$1; shift; log=$$(mktemp); echo "  $$what"; \
 	if "$$@" >$$log 2>&1; then grep "^fused_sched:" $$log; rm -f $$log; \
 	else cat $$log; rm -f $$log; echo "make: failed to $$what" >&2; exit 1; fi; true' --
 
-.PHONY: demo test test-frameworks lint format docs build wheel clean
+.PHONY: demo test test-frameworks bench gpu-check lint format docs build wheel clean
 
 demo: build
 	@$(PY) examples/digits.py
@@ -35,6 +35,15 @@ test: build $(STAMPS)/test
 test-frameworks: build $(STAMPS)/test-frameworks
 	@$(PY) -m pytest tests/frameworks $(ARGS)
 
+# make bench ARGS='--cases headlines --seconds 1 --out /tmp/results'
+bench: build
+	@$(PY) -m benchmarks $(ARGS)
+
+# All that needs a GPU, in less than ten minutes, with the torch that is there and no network. It builds by itself, for
+# that GPU alone. ARGS=--dry-run: on the CPU.
+gpu-check:
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
+
 lint: $(STAMPS)/dev
 	@$(QUIET) 'lint (ruff check)' $(PY) -m ruff check .
 	@$(QUIET) 'lint (ruff format)' $(PY) -m ruff format --check .
@@ -46,7 +55,8 @@ format: $(STAMPS)/dev
 	@$(PY) -m ruff format --quiet .
 	@$(VENV)/bin/clang-format -i $(CPP_FILES)
 
-# docs/schedules.md, the tables of README.md and their pictures, from the code and from docs/images/quality.json.
+# docs/schedules.md, the tables of README.md and their pictures, from the code, from docs/images/quality.json and from
+# benchmarks/results/cpu.json.
 docs: build
 	@$(PY) docs/make_schedules.py
 	@$(PY) docs/make_readme.py

@@ -1,7 +1,8 @@
-"""Writes the tables of formats and of quality in README.md, and the picture of the latter: `make docs`.
+"""Writes the tables of formats, of quality and of speed in README.md, and pictures of the latter two: `make docs`.
 
 Bytes are those of the streams in `fused_sched/codec.py`; bounds and words stand here and are held against the code by
-tests/test_formats.py; losses are what `benchmarks/quality.py --json docs/images/quality.json` has measured.
+tests/test_formats.py; losses are what `benchmarks/quality.py --json docs/images/quality.json` has measured,
+times what `python -m benchmarks` left in benchmarks/results/cpu.json.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +19,13 @@ import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
 
-from fused_sched import codec, precision
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import report  # noqa: E402
+from fused_sched import codec, precision  # noqa: E402
+
+SPEED, SPEED_PICTURE = ROOT / "benchmarks/results/cpu.json", ROOT / "docs/images/speed.svg"
 README, QUALITY, PICTURE = ROOT / "README.md", ROOT / "docs/images/quality.json", ROOT / "docs/images/quality.svg"
 
 #: Rows of the table of bytes: parameters' dtype, masters that need the same.
@@ -193,12 +199,33 @@ def draw(path: Path) -> None:
         figure.savefig(path, metadata={**about, "Date": None, "Creator": None})
 
 
+# ---- speed -----------------------------------------------------------------------------------------------
+
+
+def timed() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(SPEED.read_text())
+    return found
+
+
+def speed() -> str:
+    return report.summary(timed())
+
+
+def speed_conditions() -> str:
+    return report.described(timed())
+
+
+def speed_digest() -> str:
+    """Of what the picture shows."""
+    return hashlib.sha256(json.dumps(timed(), sort_keys=True).encode()).hexdigest()[:16]
+
+
 # ---- the page --------------------------------------------------------------------------------------------
 
 
 def page(text: str) -> str:
     """README.md with its generated parts as they should be."""
-    for part in (formats, quality):
+    for part in (formats, quality, speed, speed_conditions):
         name = part.__name__
         pattern = rf"(<!-- {name}: written by docs/make_readme.py -->\n).*?(\n<!-- end of {name} -->)"
         text, found = re.subn(pattern, lambda m, part=part: m[1] + part() + m[2], text, flags=re.S)  # type: ignore[misc]
@@ -209,8 +236,9 @@ def page(text: str) -> str:
 
 def main() -> None:
     draw(PICTURE)
+    report.draw(timed(), SPEED_PICTURE, speed_digest())
     README.write_text(page(README.read_text()))
-    print(f"wrote tables into {README.name}, and {PICTURE.relative_to(ROOT)}")
+    print(f"wrote tables into {README.name}, and {PICTURE.relative_to(ROOT)}, {SPEED_PICTURE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
