@@ -191,11 +191,14 @@ class FusedScheduledAdam(BackwardSteps):
 
     # Never traced. The private decorator is torch.optim's own; the public one imports the compiler with this module.
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    @torch.no_grad()
     def _step(self) -> None:
         steady = self._devices.steady_call(self.state, self.param_groups, self._records.options)
-        call = self._collect() if steady is None else steady.call
-        self._apply(call, getattr(self, "found_inf", None), getattr(self, "grad_scale", None), steady=steady)
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if steady is not None:  # without no_grad(), 5 us: nothing in it is a differentiable operation of torch
+            self._apply(steady.call, found_inf, grad_scale, steady=steady)
+            return
+        with torch.no_grad():
+            self._apply(self._collect(), found_inf, grad_scale)
 
     def _apply(
         self,
@@ -247,7 +250,8 @@ class FusedScheduledAdam(BackwardSteps):
         packing.bump_versions(call.owners)  # before the update, while what the pass has read is still in the caches
         self._devices.step(tick, found_inf, grad_scale, reducer)
         self._ticks.record(steady.ids, tick)
-        self._applied_settings, self._resumed, self._clock_is_known = settings, False, True
+        if self._resumed or self._applied_settings != settings:  # setting attributes of an optimizer takes a while
+            self._applied_settings, self._resumed, self._clock_is_known = settings, False, True
 
     # -- hyperparameters -----------------------------------------------------------------------------------
 
