@@ -16,7 +16,7 @@ import torch
 from cases import assert_same, snapshot
 from conftest import Backend
 
-from fused_sched import FusedScheduledAdam, schedules
+from fused_sched import schedules
 from fused_sched.engine import CompiledEngine
 
 LR = schedules.warmup_cosine(0.1, warmup_steps=3, total_steps=40)
@@ -181,3 +181,97 @@ def test_replays_and_plain_steps_alternate(compiled: Backend) -> None:
         else:
             replayed.optimizer.step()
     assert_same(snapshot(replayed.optimizer), snapshot(eager.optimizer))
+
+
+def test_loading_brings_options_to_the_device(compiled: Backend) -> None:
+    """Found by replays: the next one used the options from before the checkpoint, until push_hyperparameters()."""
+    training = Training(compiled, max_grad_norm=None, skip_nonfinite=False)
+    training.set_gradients()
+    training.optimizer.step()
+    replay = training.capture()
+    saved = copy.deepcopy(training.optimizer.state_dict())
+    saved["param_groups"][1].update(lr=0.0, lr_reference=0.0, weight_decay=0.0)
+    training.optimizer.load_state_dict(saved)
+    before = training.params[2].detach().clone()
+    replay()
+    assert torch.equal(training.params[2], before)
+
+
+@pytest.mark.parametrize(("num_tensors", "num_groups"), [(1, 1), (1000, 1), (465, 465)])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_two_launches_through_the_optimizer(
+    num_tensors: int, num_groups: int, max_grad_norm: float | None, get_backend: Callable[[str], Backend]
+) -> None:
+    backend = get_backend("cuda-on-cpu")
+    params = [backend.parameter([1.0, 2.0]) for _ in range(num_tensors)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    per_group = num_tensors // num_groups
+    groups = [{"params": params[i : i + per_group], "lr": 1e-3 * i} for i in range(0, num_tensors, per_group)]
+    optimizer = backend.optimizer(groups, max_grad_norm=max_grad_norm)
+    engine = optimizer._devices.engine(backend.device)
+    assert isinstance(engine, CompiledEngine)
+    for _ in range(2):
+        optimizer.step()
+        assert engine._call.launches == 2
+
+
+# -- on a GPU -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda(get_backend: Callable[[str], Backend]) -> Backend:
+    return get_backend("cuda")
+
+
+def model_of(cuda: Backend) -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)).to(cuda.device)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "grad_scaler"])
+def test_a_whole_training_step(cuda: Backend, scaled: bool) -> None:
+    """Forward, backward and step in one graph, with a GradScaler that skips: the bits of the same steps without one."""
+    results = []
+    for captured in (False, True):
+        model = model_of(cuda)
+        optimizer = cuda.optimizer(model.parameters(), lr=LR, max_grad_norm=1.0, skip_nonfinite=not scaled)
+        scaler = torch.amp.GradScaler("cuda", init_scale=256.0, enabled=scaled)
+        x = torch.zeros(8, 16, device=cuda.device)
+
+        def train(model: Any = model, optimizer: Any = optimizer, scaler: Any = scaler, x: Any = x) -> None:
+            optimizer.zero_grad()
+            scaler.scale(model(x).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+        def batch(step: int, x: torch.Tensor = x) -> None:
+            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(step)))
+            if step % 7 == 5:
+                x[0, 0] = torch.inf
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # as torch asks: warm up on a stream of its own
+            for step in range(3):
+                batch(step)
+                train()
+        torch.cuda.current_stream().wait_stream(side)
+        replay: Callable[[], object] = train
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            optimizer.zero_grad()
+            with torch.cuda.graph(graph):
+                train()
+            replay = graph.replay
+        for step in range(3, 40):
+            batch(step)
+            replay()
+            if step == 20:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+                optimizer.set_schedule(schedules.linear(0.05, 0.0, 40))
+        results.append((snapshot(optimizer), optimizer.history()))
+    assert_same(results[1][0], results[0][0])
+    np.testing.assert_equal(results[1][1].tolist(), results[0][1].tolist())
+    assert results[0][1]["skipped"].sum() == 5
