@@ -125,6 +125,8 @@ def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
     optimizer.set_clock(clock)
     optimizer._devices.forget_rates()
     optimizer._applied_settings, optimizer._resumed = [], clock > 0
+    if optimizer._devices.first is not None:
+        optimizer.push_hyperparameters()  # the clock and the state are on the device already: replays follow at once
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 

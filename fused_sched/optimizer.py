@@ -158,6 +158,12 @@ class FusedScheduledAdam(BackwardSteps):
         """Apply one update to every parameter that has a gradient; returns the closure's loss.
 
         The gradient is `p.grad`, else `p.main_grad`, of any dtype; `zero_grad()` leaves the latter alone.
+        Without any gradient it does nothing, and the clock stays.
+
+        In a CUDA graph, captured after a step with the same tensors, every replay is a step: it reads clock, schedules,
+        options, limit and state where they are on the device, which `set_schedule()`, `set_clock()`,
+        `load_state_dict()` and `push_hyperparameters()` write in place. It goes on with the addresses it was captured
+        with: capture anew after gradients or parameters moved, or parameters were added.
 
         Raises TypeError, ValueError or RuntimeError, before anything has changed, if a gradient, a parameter or an
         option is unusable.
