@@ -2,7 +2,7 @@
 // Tensors are checked in Python; what arrives here are addresses and sizes. The tables of the core are
 // exported by walking them, so that Python holds no second list of tags or field offsets.
 
-// Of references counted in tensor_watch.h, a tenth of whose time the checks would take: the interpreter is held there.
+// The checks would take a tenth of the time of tensor_watch.h, which runs with the interpreter held.
 #define PYBIND11_NO_ASSERT_GIL_HELD_INCREF_DECREF
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

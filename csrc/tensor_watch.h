@@ -61,17 +61,19 @@ class TensorWatch {
     tensors_.clear();
     dimensions_.clear();
     for (const py::handle group : groups) {
-      PyObject* const params = params_of(group.ptr());
-      if (params == nullptr) return false;
-      groups_.push_back({group.ptr(), PyList_GET_SIZE(params)});
-      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
+      const py::object params = params_of(group.ptr());
+      if (!params) return false;
+      const size_t num_before = tensors_.size();
+      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
         if (tensors_.size() >= rows.size()) return false;
-        Watched watched;
-        watched.param = PyList_GET_ITEM(params, i);
+        Watched watched = {};
+        const py::object param = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(params.ptr(), i));
+        watched.param = param.ptr();
         watched.row = reinterpret_cast<fs_tensor*>(rows[tensors_.size()]);
         if (!remember_tensors(watched)) return forgive();
         tensors_.push_back(std::move(watched));
       }
+      groups_.push_back({group.ptr(), static_cast<Py_ssize_t>(tensors_.size() - num_before)});
     }
     return tensors_.size() == rows.size();
   }
@@ -89,16 +91,16 @@ class TensorWatch {
     size_t index = 0;
     for (size_t i = 0; i < groups_.size() && i < groups.size(); ++i) {
       PyObject* const group = PyList_GET_ITEM(groups.ptr(), static_cast<Py_ssize_t>(i));
-      PyObject* const params = group == groups_[i].dict ? params_of(group) : nullptr;
-      if (params == nullptr) return false;
-      // The size is read every time: what p.grad runs may be anybody's.
+      const py::object params = group == groups_[i].dict ? params_of(group) : py::object();
+      if (!params) return false;
+      // The list is held and its size read every time: what p.grad runs may be anybody's.
       for (Py_ssize_t j = 0; j < groups_[i].num_params; ++j) {
-        if (PyList_GET_SIZE(params) != groups_[i].num_params) return false;
+        if (PyList_GET_SIZE(params.ptr()) != groups_[i].num_params) return false;
         Watched& watched = tensors_[index++];
-        if (PyList_GET_ITEM(params, j) != watched.param) return false;
+        if (PyList_GET_ITEM(params.ptr(), j) != watched.param) return false;
         if (!stays(watched)) return forgive();
       }
-      if (PyList_GET_SIZE(params) != groups_[i].num_params) return false;
+      if (PyList_GET_SIZE(params.ptr()) != groups_[i].num_params) return false;
     }
     return state_stays() || forgive();
   }
@@ -125,7 +127,8 @@ class TensorWatch {
     View param_view;
     View grad_view;
     PyObject* latest_grad;  // compared only
-    py::object known_grad;  // a weak reference to one that is known not to be lazily negated
+    py::object known_grad;  // a weak reference to one that is known not to be lazily negated,
+    void* known_data;       // and where it was then
   };
 
   struct State {
@@ -133,12 +136,13 @@ class TensorWatch {
     uint64_t address;
   };
 
-  // The list of a group's parameters, borrowed; null where it is anything else.
-  static PyObject* params_of(PyObject* group) {
+  // The list of a group's parameters; null where it is anything else.
+  static py::object params_of(PyObject* group) {
     static PyObject* const key = PyUnicode_InternFromString("params");
     PyObject* const params = PyDict_Check(group) ? PyDict_GetItemWithError(group, key) : nullptr;
     if (params == nullptr) PyErr_Clear();
-    return params != nullptr && PyList_Check(params) ? params : nullptr;
+    if (params == nullptr || !PyList_Check(params)) return py::object();
+    return py::reinterpret_borrow<py::object>(params);
   }
 
   // Whatever went wrong, the checks in Python will say it.
@@ -158,10 +162,9 @@ class TensorWatch {
   }
 
   // Only the plain types: what a subclass says of itself, Python must ask.
-  bool is_plain_param(PyObject* param) const {
-    const PyTypeObject* const type = Py_TYPE(param);
-    return reinterpret_cast<PyObject*>(const_cast<PyTypeObject*>(type)) == parameter_type_.ptr() ||
-           reinterpret_cast<PyObject*>(const_cast<PyTypeObject*>(type)) == tensor_type_.ptr();
+  bool is_plain_tensor(PyObject* object) const { return py::type::handle_of(object).is(tensor_type_); }
+  bool is_plain_param(PyObject* object) const {
+    return py::type::handle_of(object).is(parameter_type_) || is_plain_tensor(object);
   }
 
   bool describe(PyObject* tensor, DLTensor& out) const {
@@ -179,7 +182,7 @@ class TensorWatch {
     if (!is_plain_param(watched.param)) return false;
     const py::object grad = gradient_of(watched.param);
     if (watched.row == nullptr) return !grad && PyErr_Occurred() == nullptr;
-    if (!grad || Py_TYPE(grad.ptr()) != reinterpret_cast<PyTypeObject*>(tensor_type_.ptr())) return false;
+    if (!grad || !is_plain_tensor(grad.ptr())) return false;
     bool negated = true;
     if (!is_negated(watched.param, negated) || negated || !is_negated(grad.ptr(), negated) || negated) return false;
     DLTensor param, gradient;
@@ -221,26 +224,28 @@ class TensorWatch {
     if (!is_plain_param(watched.param)) return false;
     const py::object grad = gradient_of(watched.param);
     if (watched.row == nullptr) return !grad && PyErr_Occurred() == nullptr;
-    if (!grad || Py_TYPE(grad.ptr()) != reinterpret_cast<PyTypeObject*>(tensor_type_.ptr())) return false;
+    if (!grad || !is_plain_tensor(grad.ptr())) return false;
     DLTensor tensor;
     // Where a parameter has moved, it may lie on another one. In its old place it cannot have become lazily negated,
-    // but by assigning `.data` the negation of its own memory, which no operation of torch's gives.
+    // but by assigning `.data` the negation of its own memory, which only the private torch._neg_view gives.
     if (!describe(watched.param, tensor) || tensor.data != watched.param_data) return false;
     if (!looks_alike(tensor, watched, watched.param_view)) return false;
     if (!describe(grad.ptr(), tensor) || !looks_alike(tensor, watched, watched.grad_view)) return false;
-    if (!is_known(grad, watched)) return false;
+    if (!is_known(grad, tensor.data, watched)) return false;
     watched.row->grad = reinterpret_cast<uint64_t>(tensor.data);
     return true;
   }
 
   // Whether a gradient is not lazily negated. Asking costs as much as all the rest, and lets other threads take the
-  // interpreter; so one that stays is asked twice, and known by a weak reference from then on.
-  bool is_known(const py::object& grad, Watched& watched) const {
-    if (watched.known_grad && weakref_target(watched.known_grad).is(grad)) return true;
+  // interpreter; so one that stays is asked twice, and known by a weak reference from then on, until its `.data` is
+  // set to something elsewhere, which may be negated.
+  bool is_known(const py::object& grad, void* data, Watched& watched) const {
+    if (watched.known_data == data && watched.known_grad && weakref_target(watched.known_grad).is(grad)) return true;
     bool negated = true;
     if (!is_negated(grad.ptr(), negated) || negated) return false;
     if (watched.latest_grad == grad.ptr()) {
       watched.known_grad = py::reinterpret_steal<py::object>(PyWeakref_NewRef(grad.ptr(), nullptr));
+      watched.known_data = data;
     }
     watched.latest_grad = grad.ptr();
     return PyErr_Occurred() == nullptr;

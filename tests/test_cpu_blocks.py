@@ -115,8 +115,8 @@ def test_options(
 
 
 def test_any_state_of_8_bits(instruction_sets: tuple[str, ...], get_backend: Callable[[str], Backend]) -> None:
-    """Every code with every scale, NaNs and the scales of the largest floats and of subnormals among them; parameters
-    and remainders of any bits, misaligned ones."""
+    """Every code with every scale, NaNs and the scales of the largest floats, of subnormals and of nothing (above 240)
+    among them; parameters and remainders of any bits, misaligned ones."""
     backend = get_backend("cpu")
 
     def run() -> dict[str, torch.Tensor]:
@@ -137,7 +137,7 @@ def test_any_state_of_8_bits(instruction_sets: tuple[str, ...], get_backend: Cal
                 state[name].copy_(any_bits(NUMEL, 0, 256, torch.uint8).view(state[name].shape))
             for name in ("exp_avg_scale", "exp_avg_sq_scale"):
                 groups = state[name].numel()
-                state[name].copy_(torch.arange(groups).remainder(241).to(torch.uint8))
+                state[name].copy_(torch.arange(groups).remainder(256).to(torch.uint8))
             state["master_correction"].copy_(any_bits(NUMEL, -128, 128, torch.int8))
             # Codes of NaN in a few blocks only, or no block is left to look at.
             rare = torch.arange(NUMEL) // 64 % 10 != 0
@@ -148,3 +148,47 @@ def test_any_state_of_8_bits(instruction_sets: tuple[str, ...], get_backend: Cal
         return snapshot(optimizer)
 
     assert compare(instruction_sets, run)
+
+
+@pytest.mark.parametrize("master", ["fp32", "split16", "split8", "stochastic"])
+def test_parameters_edited_outside(
+    instruction_sets: tuple[str, ...], get_backend: Callable[[str], Backend], master: str
+) -> None:
+    """A third of the elements no longer rounds to what was kept beside them."""
+    backend = get_backend("cpu")
+
+    def run() -> dict[str, torch.Tensor]:
+        param = torch.nn.Parameter(patterns(NUMEL, torch.bfloat16, 1, special=False))
+        optimizer = backend.optimizer([param], lr=1e-2, master=master, moments="8bit", seed=3)
+        for step in range(2):
+            param.grad = patterns(NUMEL, torch.bfloat16, 10 + step, special=False)
+            optimizer.step()
+            param.data[::3] = patterns(NUMEL, torch.bfloat16, 20 + step, special=False)[::3]
+        param.grad = patterns(NUMEL, torch.bfloat16, 12, special=False)
+        optimizer.step()
+        return snapshot(optimizer)
+
+    compare(instruction_sets, run)
+
+
+def test_scales_at_their_bounds(instruction_sets: tuple[str, ...], get_backend: Callable[[str], Backend]) -> None:
+    """Groups whose largest moment is the last of its scale or the first of the next; of zeros; of tiny values only."""
+    # 1.75 and 1.875 times a power of two are the last of a scale. The first moment is 0.5 x 3.5 and the second
+    # 0.46875 x 2^2, and those of the next floats.
+    bounds = torch.tensor([3.5, 2.0]).repeat_interleave(9).view(torch.int32)
+    near = (bounds + torch.arange(-4, 5, dtype=torch.int32).repeat(2)).view(torch.float32)
+    grad = torch.zeros(160, 18, 16)
+    grad[:80, :, 3] = near * 2.0 ** torch.arange(-40, 40).view(80, 1)
+    grad[80:120] = torch.randn(40, 18, 16, generator=torch.Generator().manual_seed(1)) * 2.0**-122
+    backend = get_backend("cpu")
+
+    def run() -> dict[str, torch.Tensor]:
+        param = torch.nn.Parameter(torch.ones(grad.numel()))
+        optimizer = backend.optimizer([param], lr=1e-2, betas=(0.5, 0.53125), moments="8bit", seed=3)
+        param.grad = grad.flatten().clone()
+        optimizer.step()
+        return snapshot(optimizer)
+
+    scales = {name: scale for name, scale in compare(instruction_sets, run).items() if name.endswith("scale")}
+    assert len(scales) == 2
+    assert all(scale[-40 * 18 :].max() == 0 for scale in scales.values())

@@ -352,6 +352,19 @@ def test_a_gradient_that_stays_is_known_until_it_is_replaced_in_its_place(compil
     assert_same(snapshot(ours.optimizer), snapshot(plain.optimizer))
 
 
+@needs_exchange_api
+def test_a_gradient_that_stays_is_known_only_where_it_is(compiled: Backend) -> None:
+    """Its `.data` may be set to a lazily negated tensor of the same shape and strides."""
+    ours, plain = pair(compiled)
+    for watched in (ours, plain):
+        for _ in range(3):
+            watched.optimizer.step()
+        first_grad(watched).data = torch._neg_view(torch.full_like(first_grad(watched), 3.0))
+        watched.optimizer.step()
+    assert ours.close_looks == 2
+    assert_same(snapshot(ours.optimizer), snapshot(plain.optimizer))
+
+
 # ---- where it cannot serve ---------------------------------------------------------------------------
 
 

@@ -20,9 +20,10 @@ FS_NAMESPACE_BEGIN
 
 // Every codec has: Storage, in memory; Code, the same in a register, which vectorised loops want as wide as a float;
 // decode and encode, from and to a Code. random: 32 uniform bits, of which the first moment's codec uses the lower
-// ones and the second's the upper ones, as many as the rounding drops: its mean is exact. (Three of each 8-bit
-// draw's last bits are the other's first; they weigh 2^-16 of a step.) What codes without a scale are given in its
-// place:
+// ones and the second's the upper ones, as many as the rounding drops: its mean is exact. (8-bit draws have 20 and 19
+// bits: the first's upper 7 are the second's lower 7, which weigh 2^-12 of a step. Between the neighbours of
+// random_bits, the upper 4 or 3 bits are the other's lower ones for the same moment, 2^-16 of a step.) What codes
+// without a scale are given in its place:
 struct Unscaled {
   FS_HD explicit Unscaled(uint32_t) {}
 };

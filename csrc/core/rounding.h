@@ -82,7 +82,8 @@ FS_HD uint32_t random_bits_of_pair(RandomKey key, uint32_t even_element) {
 FS_HD uint32_t exchange_halves(uint32_t random) { return random >> 16 | random << 16; }
 
 // 32 bits for one element, of which the upper half serves one moment and the lower the other. Its neighbour has the
-// halves the other way round: the draws for one moment stay independent, and half of the hashing is saved.
+// halves the other way round: the draws for one moment stay independent (those of more than 16 bits, to 2^-16 of a
+// step), and half of the hashing is saved.
 FS_HD uint32_t random_bits(RandomKey key, uint32_t element) {
   const uint32_t random = random_bits_of_pair(key, element & ~1u);
   return element & 1u ? exchange_halves(random) : random;

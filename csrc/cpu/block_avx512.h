@@ -1,6 +1,6 @@
 // The update of 64 elements in AVX-512 registers: the whole blocks of runs in which something is to be decoded. The
 // loops of update_tile.cpp leave that to the compiler, which spends 175 vector instructions on 16 elements of split8 +
-// 8bit; here it is less than 90, because
+// 8bit; here it is some 90, because
 //   - a vector holds every second element, so that 16-bit streams widen and narrow with shifts and masks,
 //   - 8-bit codes are decoded as fp16, whose subnormals are the codes', times a power of two,
 //   - one hash serves two vectors (random_bits), and one tree of maxima both moments' scales,
@@ -10,6 +10,8 @@
 #pragma once
 
 #include "lanes_avx512.h"
+
+#include <type_traits>
 
 #include "../core/codec.h"
 #include "update_tile.h"
@@ -156,17 +158,15 @@ struct BlockMoments<MomentsBfloat16> {
     Bits first, second;  // in the upper halves
   };
 
-  // Whether both are finite; false of a second moment only, see update_block.
+  // Always: an infinite second moment rounds to itself, and what else is not finite shows in the weight.
   static FS_HD bool encode(const Floats& first, const Floats& second, const Bits& random, Encoded& out) {
-    __m512 zero = _mm512_setzero_ps();
     for (int i = 0; i < kVectors; ++i) {
       out.first.lane[i] = to_nearest_even(first.lane[i]);
       const __m512i bits = as_bits(second.lane[i]);
       out.second.lane[i] =
           add_draw(bits, _mm512_srli_epi32(random.lane[i], 16), _mm512_test_epi32_mask(bits, bits), all<0x10000u>());
-      zero = _mm512_fmadd_ps(second.lane[i], _mm512_setzero_ps(), zero);
     }
-    return _mm512_cmp_ps_mask(zero, zero, _CMP_UNORD_Q) == 0;
+    return true;
   }
 
   static FS_HD void store(const fs_run& run, int64_t at, const Encoded& encoded) {
@@ -208,12 +208,14 @@ struct BlockMoments<Moments8bit> {
   using Second = Moments8bit::Second<float>;
 
   // Of codes read as fp16, whose smallest normal value is 2^-14: the powers of two that make a group's values of
-  // them. That of scale 240 is infinite, and the block of such a group left to the tile loop.
+  // them. That of scale 240 is infinite, and the block of such a group left to the tile loop; as are those of larger
+  // scales, which no group has but in a damaged state.
   static FS_HD GroupNumbers factors(const uint8_t* first_scale, const uint8_t* second_scale) {
     int first, second;
     memcpy(&first, first_scale, sizeof first);
     memcpy(&second, second_scale, sizeof second);
-    const __m128i scales = _mm_unpacklo_epi8(_mm_cvtsi32_si128(first), _mm_cvtsi32_si128(second));
+    __m128i scales = _mm_unpacklo_epi8(_mm_cvtsi32_si128(first), _mm_cvtsi32_si128(second));
+    scales = _mm_min_epu8(scales, _mm_set1_epi8(static_cast<char>(240)));
     const __m128i twice = _mm_unpacklo_epi16(scales, scales);  // first, second, first, second of each group
     return {_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtepu8_epi32(twice), all<127 - 112>()), 23)};
   }
@@ -274,6 +276,7 @@ struct BlockMoments<Moments8bit> {
     __m512i first_words[2], second_words[2];
   };
 
+  // Whether all are finite: the scales of others are the tile loop's business.
   static FS_HD bool encode(const Floats& first, const Floats& second, const Bits& random, Encoded& out) {
     Bits magnitude, value;
     for (int i = 0; i < kVectors; ++i) {
@@ -343,21 +346,23 @@ FS_HD bool update_block(const fs_run& run, int64_t at, const StepScalars<float>&
     along.lane[i] = direction(first.lane[i], second.lane[i], scalars);
   }
   typename Moments::Encoded moments;
-  const bool finite = Moments::encode(first, second, random, moments);
+  const bool encoded = Moments::encode(first, second, random, moments);
   __m512 zero = _mm512_setzero_ps();  // NaN after a weight that is not finite; a first moment makes its weight so
   for (int i = 0; i < kVectors; ++i) {
     weight.lane[i] = moved_weight(weight.lane[i], along.lane[i], scalars);
     zero = _mm512_fmadd_ps(weight.lane[i], _mm512_setzero_ps(), zero);
   }
-  if (!finite || _mm512_cmp_ps_mask(zero, zero, _CMP_UNORD_Q)) return false;
+  if (!encoded || _mm512_cmp_ps_mask(zero, zero, _CMP_UNORD_Q)) return false;
   Moments::store(run, at, moments);
   store_weight(run.param_format, run.master_format, weight, key, first_element, param, kept);
   return true;
 }
 
-// All steps but those with beta1 or beta2 below 0.5, which nobody uses.
+template <class Param>
+constexpr bool kHasBlocks = std::is_same<Param, Float32>::value || std::is_same<Param, Bfloat16>::value;
+
+// Also not steps with beta1 or beta2 below 0.5 (GANs with beta1 = 0).
 inline bool has_blocks(const fs_run& run) {
-  if (run.param_format != kFloat32 && run.param_format != kBfloat16) return false;
   if (run.param_format == kFloat32 && run.moments_format == kMomentsFloat32) return false;  // nothing to decode
   if (run.max_exp_avg_sq != nullptr || run.grad_format == kFloat64) return false;
   return (static_cast<const StepScalars<float>*>(run.scalars)->flags & ~(kDecoupledDecay | kL2Decay)) == 0;

@@ -2,7 +2,12 @@
 // memory, and random bits.
 #pragma once
 
+// g++ 12 warns of the undefined vectors within its own intrinsics.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include "../core/platform.h"
 

@@ -350,8 +350,10 @@ template <class Param>
 void update_run(const fs_run& run) {
   int64_t first = 0;
 #if defined(__AVX512BW__)
-  if (has_blocks(run)) {
-    first = update_blocks(run, [&run](int64_t begin) { update_tiles<Param>(run, begin, begin + kBlock); });
+  if constexpr (kHasBlocks<Param>) {
+    if (has_blocks(run)) {
+      first = update_blocks(run, [&run](int64_t begin) { update_tiles<Param>(run, begin, begin + kBlock); });
+    }
   }
 #endif
   update_tiles<Param>(run, first, run.count);
