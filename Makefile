@@ -35,7 +35,7 @@ test: build $(STAMPS)/test
 test-frameworks: build $(STAMPS)/test-frameworks
 	@$(PY) -m pytest tests/frameworks $(ARGS)
 
-# make bench ARGS='--cases headlines --seconds 1 --out /tmp/results'
+# make bench ARGS='--cases headlines --seconds 1 --out results'
 bench: build
 	@$(PY) -m benchmarks $(ARGS)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import arena, compiled, dtensors
+from . import arena, compiled, dtensors, packing
 from . import state as states
 from .clock import TickRule
 from .devices import Call, Devices
@@ -66,13 +66,9 @@ class OptimizerBase(StepTail):
             index = self._records.index_of(group, self.param_groups)
             for p in group["params"]:
                 ordinal += 1
-                grad = p.grad
+                grad = packing.gradient_of(p)
                 if grad is None:
-                    grad = getattr(p, "main_grad", None)
-                    if grad is None:
-                        continue
-                    if not isinstance(grad, torch.Tensor):
-                        raise TypeError(f"p.main_grad must be a tensor or None, got {grad!r}; set it to a gradient")
+                    continue
                 owners.append(p)
                 call.grads.append(grad)
                 call.groups.append(index)

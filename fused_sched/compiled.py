@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import dtensors
+from . import dtensors, packing
 from .devices import Call
 
 if TYPE_CHECKING:
@@ -44,11 +44,9 @@ def trace_step(optimizer: OptimizerBase) -> bool:
     for group in optimizer._records.options:
         for param in group["params"]:
             ordinal += 1
-            grad = param.grad
+            grad = packing.gradient_of(param)
             if grad is None:
-                grad = getattr(param, "main_grad", None)
-                if grad is None:
-                    continue
+                continue
             if dtensors.is_distributed(param):
                 return False
             params.append(param)

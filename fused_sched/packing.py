@@ -49,6 +49,16 @@ def signature(param: torch.Tensor, grad: torch.Tensor) -> Signature:
     )
 
 
+def gradient_of(param: torch.Tensor) -> torch.Tensor | None:
+    """`p.grad`, else `p.main_grad`: Megatron's place for gradients of another dtype, where torch has no `p.grad_dtype`."""
+    grad = param.grad
+    if grad is None:
+        grad = getattr(param, "main_grad", None)
+        if grad is not None and not isinstance(grad, torch.Tensor):
+            raise TypeError(f"p.main_grad must be a tensor or None, got {grad!r}; set it to a gradient")
+    return grad
+
+
 def check_param(param: torch.Tensor) -> None:
     """Raise if a tensor cannot be optimized, whatever its gradient."""
     if param.layout is not torch.strided:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -76,3 +76,11 @@ def beside_cpu(request: pytest.FixtureRequest, get_backend: Callable[[str], Back
 def compiled(request: pytest.FixtureRequest, get_backend: Callable[[str], Backend]) -> Backend:
     """The backends that must agree bit for bit."""
     return get_backend(request.param)
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone, for what asks whether there is one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -299,13 +299,6 @@ def test_other_parameters_in_the_groups_are_refused() -> None:
     assert (param[0].item(), flat[0].item()) == (1.0, 1.0)
 
 
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("one_process")
 def test_distributed_parameters_break_the_graph() -> None:
     mesh = init_device_mesh("cpu", (1,))

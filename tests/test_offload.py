@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -217,13 +216,6 @@ def test_captured_steps_refuse_it(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer.offload(discard_graphs=True)
     optimizer.reload()
     optimizer.offload()  # no graph has captured a step since
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process")
