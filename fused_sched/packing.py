@@ -50,7 +50,7 @@ def signature(param: torch.Tensor, grad: torch.Tensor) -> Signature:
 
 
 def gradient_of(param: torch.Tensor) -> torch.Tensor | None:
-    """`p.grad`, else `p.main_grad`: Megatron's place for gradients of another dtype, where torch has no `p.grad_dtype`."""
+    """`p.grad`, else `p.main_grad`: Megatron's place for gradients of another dtype than their parameter's."""
     grad = param.grad
     if grad is None:
         grad = getattr(param, "main_grad", None)
