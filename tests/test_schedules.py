@@ -248,6 +248,9 @@ def test_reference_searches_for_a_first_value_where_the_peaks_are_zero() -> None
     assert hill([0, 10]).tolist() == [0.0, 0.0]
     assert hill.reference == hill(1)
     assert constant(0.0).reference == 0.0
+    assert hill.scaled(-1.0).reference == -hill(1)
+    # Falls without an end, and has no lowest value: the first one, not where the search for one stopped.
+    assert exponential(1.0, 1.0078125).scaled(-1.0).reference == exponential(-1.0, 1.0078125).reference == -1.0
 
 
 def test_phases_cut_short_do_not_count_their_peak() -> None:

@@ -111,7 +111,7 @@ class Schedule(ABC):
         """The peak, the largest value above 0, where there is one: what `group["lr"]` starts as.
 
         Of a product it is the largest value at any of its factors' peaks, or the first one above 0. Of a schedule that
-        is never above 0 it is the lowest value.
+        is never above 0 it is the lowest value at such a place, or the first one that is not 0.
 
         >>> from fused_sched import schedules
         >>> schedules.warmup_cosine(1e-3, warmup_steps=10, total_steps=100).reference
@@ -129,7 +129,12 @@ class Schedule(ABC):
         positive = values[(values > 0.0) & np.isfinite(values)]
         if positive.size:
             return float(positive[0])
-        return float(min(candidates.min(), values.min()))
+        # Not the lowest of those that were searched: of a fall without an end it would be wherever the search stopped.
+        negative = candidates[(candidates < 0.0) & np.isfinite(candidates)]
+        if negative.size:
+            return float(negative.min())
+        nonzero = values[(values != 0.0) & np.isfinite(values)]
+        return float(nonzero[0]) if nonzero.size else 0.0
 
     @property
     def companions(self) -> dict[str, Schedule]:
