@@ -71,12 +71,13 @@ def _held_from(node: Tree) -> float:
         case Clock():
             return _before_clock(node, _held_from(node.child))
         case Clamp():
-            return _held_from(node.child) if node.scale else -inf
+            return _held_from(node.child)  # also where scale is 0: 0 times a value that overflows is NaN
 
 
 def _curve_held_from(node: Curve) -> float:
     still = {"constant": True, "power": node.p == 0.0, "exponential": node.p == 1.0}.get(node.curve, False)
-    if still or node.scale == 0.0:
+    overflows = node.curve == "exponential" and node.p > 1.0  # and 0 times infinity is no longer 0
+    if still or (node.scale == 0.0 and not overflows):
         return -inf
     if node.curve == "exponential" and node.p == 0.0 and node.stairs:
         return node.origin + node.divisor / node.stairs
