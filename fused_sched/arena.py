@@ -14,6 +14,7 @@ import torch
 
 from . import dtensors, precision
 from .codec import Stream
+from .pages import in_large_pages
 
 #: Slots of `fs_arena` in `csrc/step.h`, in its order.
 SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "exp_avg_scale", "exp_avg_sq_scale")
@@ -208,7 +209,10 @@ def _allocate_batch(layouts: Sequence[Layout], streams: tuple[Stream, ...]) -> l
         return [_allocate_alone(layout, streams) for layout in layouts]
     padded_total = max(PADDING, sum(layout.padded_numel for layout in layouts))
     arena = Arena(
-        buffers={s.slot: torch.zeros(padded_total // s.group, dtype=s.dtype, device=device) for s in streams},
+        buffers={
+            s.slot: in_large_pages(torch.empty(padded_total // s.group, dtype=s.dtype, device=device)).zero_()
+            for s in streams
+        },
         records=torch.zeros(len(layouts) * STEP_RECORD_BYTES, dtype=torch.uint8, device=device),
     )
     entries = []

@@ -11,6 +11,7 @@ from . import state as states
 from .arena import Entry
 from .base import OptimizerBase
 from .engine import is_capturing
+from .pages import in_large_pages
 
 
 class Offloading(OptimizerBase):
@@ -96,7 +97,7 @@ class Offloading(OptimizerBase):
         for key, (tensor, device) in memory.items():
             pinned = to_host and pin_memory and tensor.is_cuda
             target = torch.empty_like(tensor, device="cpu" if to_host else device, pin_memory=pinned)
-            copies[key] = target.copy_(tensor, non_blocking=True)
+            copies[key] = (target if pinned else in_large_pages(target)).copy_(tensor, non_blocking=True)
         if to_host:
             for device in {tensor.device for tensor, _ in memory.values() if tensor.is_cuda}:
                 torch.cuda.synchronize(device)  # the host may read it, and any stream use what is freed
