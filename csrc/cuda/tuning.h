@@ -1,4 +1,7 @@
-// The numbers of the CUDA path. tests/test_sass.py reads from the compiled code that they hold.
+// The numbers of the CUDA path. tests/test_sass.py reads from the compiled code that they hold. None was measured on a
+// GPU yet: they follow from registers, spills and bytes in flight (docs/measured.md), and `make gpu-check` is to settle
+// them. So is what was left out: programmatic dependent launch of the update behind the clock (sm_90 on) would hide the
+// start of one launch, some microseconds of a step, and blocks that hold an SM while the clock runs.
 #pragma once
 
 namespace fused_sched {
