@@ -13,6 +13,7 @@ from .backward import BackwardSteps
 from .base import NO_CLOCK
 from .callers import called_for_allocation, refuse_partial_norm, refuse_swapped_state
 from .devices import Call
+from .hooks import profile_hook_step
 from .hyperparameters import SCHEDULABLE
 from .machine import check_metric
 from .scheduler import SECOND_SCHEDULER, refuse_engines_scheduler, refuse_second_scheduler
@@ -74,6 +75,9 @@ class FusedScheduledAdam(BackwardSteps):
 
     #: GradScaler then hands over `grad_scale` and `found_inf` instead of waiting for the device.
     _step_supports_amp_scaling = True
+
+    #: What torch wraps `step()` with.
+    profile_hook_step = staticmethod(profile_hook_step)  # type: ignore[assignment]
 
     def __init__(
         self,
