@@ -71,11 +71,14 @@ class Devices:
         return next(iter(self.engines.values()), None)
 
     def steady_call(
-        self, state: states.StateMap, groups: Sequence[dict[str, Any]], options: Sequence[Mapping[str, Any]]
+        self, state: states.StateMap, groups: Sequence[dict[str, Any]], options: Sequence[Mapping[str, Any]] | None
     ) -> SteadyCall | None:
-        """The prepared call, prepared again, if one with these groups repeats it; None: look closely."""
+        """The prepared call, prepared again, if one with these groups repeats it; None: look closely.
+
+        options: of all groups; None: those of the last step.
+        """
         steady = self._steady
-        if steady is None or state.changed or _layout_options(options) != self._prepared_options:
+        if steady is None or state.changed or (options and _layout_options(options) != self._prepared_options):
             return None
         if state.shown:
             steady.add_state(state.take_shown())
