@@ -40,6 +40,7 @@ class Devices:
         self.backend = backend
         self._seed = seed
         self.engines: dict[torch.device, Engine] = {}
+        self._uses_cuda = False
         self.recorder = Recorder()
         self.norm_settings = NormSettings()
         self._initial_clock = clock
@@ -62,6 +63,7 @@ class Devices:
             engine = engine_type(backend, device, self._seed)
             engine.write_clock(self.read_clock())
             self.engines[device] = engine
+            self._uses_cuda |= device.type == "cuda"
         return engine
 
     @property
@@ -69,11 +71,14 @@ class Devices:
         return next(iter(self.engines.values()), None)
 
     def steady_call(
-        self, state: states.StateMap, groups: Sequence[dict[str, Any]], options: Sequence[Mapping[str, Any]]
+        self, state: states.StateMap, groups: Sequence[dict[str, Any]], options: Sequence[Mapping[str, Any]] | None
     ) -> SteadyCall | None:
-        """The prepared call, prepared again, if one with these groups repeats it; None: look closely."""
+        """The prepared call, prepared again, if one with these groups repeats it; None: look closely.
+
+        options: of all groups; None: those of the last step.
+        """
         steady = self._steady
-        if steady is None or state.changed or _layout_options(options) != self._prepared_options:
+        if steady is None or state.changed or (options and _layout_options(options) != self._prepared_options):
             return None
         if state.shown:
             steady.add_state(state.take_shown())
@@ -167,11 +172,12 @@ class Devices:
             norm.reduce([engine.sum_squares() for engine in engines], norm_reduce_hook)
         for engine in engines:
             engine.step(tick, found_inf, grad_scale, reduces)
-        self._captured |= any(map(is_capturing, self.engines))
         self._mirror += tick
         self._last_index = self._mirror - 1
-        may_skip = found_inf is not None or self.norm_settings.skip_nonfinite
-        self._mirror_is_exact &= not may_skip and not self._captured
+        if self._uses_cuda:  # elsewhere nothing is captured, and the device itself is asked
+            self._captured |= any(map(is_capturing, self.engines))
+            may_skip = found_inf is not None or self.norm_settings.skip_nonfinite
+            self._mirror_is_exact &= not may_skip and not self._captured
 
     def report(self, metric: torch.Tensor | float) -> None:
         """Advance every rate that follows metrics, on every device; nothing has been changed when this raises."""

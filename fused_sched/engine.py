@@ -88,6 +88,7 @@ class CompiledEngine:
         assert backend.module is not None
         self.backend = backend
         self.device = device
+        self._is_cuda = device.type == "cuda"
         self._module = backend.module
         self._call = self._module.Call()
         self._call.device = device.index or 0
@@ -109,7 +110,8 @@ class CompiledEngine:
         self._lr_copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (device buffer, the user's tensor elsewhere)
         self._lr_tensors: list[torch.Tensor | None] = []  # alive while the records hold their addresses
         self._plan: Plan | None = None
-        self._inputs: list[torch.Tensor] = []
+        self._inputs: tuple[int, ...] = ()  # of the latest call, as it has them
+        self._scaler_values: list[torch.Tensor] = []  # alive until the next call
         self._norm: NormMemory | None = None  # once it is wanted
         self._norm_settings = NormSettings()
         self.recorder: Recorder | None = None
@@ -164,7 +166,9 @@ class CompiledEngine:
         if settings == self._norm_settings:
             return
         self._refuse_upload_into_capture()
-        self._norm_memory().write(settings, self._to_device)
+        memory = self._norm_memory()
+        memory.write(settings, self._to_device)
+        self._call.norm = memory.address if settings.wanted else 0
         self._norm_settings = settings
         self._reserve_norm()
 
@@ -225,7 +229,7 @@ class CompiledEngine:
 
     def _to_device(self, content: bytes) -> torch.Tensor:
         host = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        if self.device.type == "cuda":
+        if self._is_cuda:
             host = host.pin_memory()
         return host.to(self.device, non_blocking=True)
 
@@ -242,6 +246,7 @@ class CompiledEngine:
             self._retired.append(self._scalars)
             self._scalars = torch.zeros(2 * len(works) * self._scalar_bytes, dtype=torch.uint8, device=self.device)
             self._call.scalars = self._scalars.data_ptr()
+        self._call.history = 0 if self.recorder is None else self.recorder.address
         self._reserve_norm()
 
     def rebind(self, grads: Sequence[torch.Tensor]) -> bool:
@@ -252,7 +257,7 @@ class CompiledEngine:
         return None if self._plan is None else self._plan.row_addresses
 
     def sum_squares(self) -> torch.Tensor:
-        self._prepare_call(norm_is_reduced=True)
+        self._set_inputs(0, 0, True, False)
         self._call.launches = 0
         self._run(self._module.norm)
         return self._norm_memory().squares
@@ -264,11 +269,8 @@ class CompiledEngine:
         grad_scale: torch.Tensor | None = None,
         norm_is_reduced: bool = False,
     ) -> None:
-        self._inputs = []
-        self._call.found_inf = self._address_of(found_inf)
-        self._call.grad_scale = self._address_of(grad_scale)
-        self._call.tick = int(tick)
-        self._prepare_call(norm_is_reduced)
+        self._scaler_values = []
+        self._set_inputs(self._address_of(found_inf), self._address_of(grad_scale), norm_is_reduced, tick)
         if norm_is_reduced:
             self._run(self._module.clock)
             self._run(self._module.update)
@@ -277,14 +279,16 @@ class CompiledEngine:
         if self._plan is not None:
             self._plan.finish()
 
-    def _prepare_call(self, norm_is_reduced: bool) -> None:
-        self._call.norm = self._norm_memory().address if self._norm_settings.wanted else 0
-        self._call.norm_is_reduced = int(norm_is_reduced)
-        self._call.history = 0 if self.recorder is None else self.recorder.address
-        self._call.num_threads = torch.get_num_threads()
+    def _set_inputs(self, *inputs: int) -> None:
+        """Of a call: addresses of found_inf and grad_scale, whether the norm is reduced elsewhere, whether it ticks."""
+        inputs = (*inputs, torch.get_num_threads())
+        if inputs != self._inputs:  # setting them takes 0.3 us
+            call = self._call
+            call.found_inf, call.grad_scale, call.norm_is_reduced, call.tick, call.num_threads = inputs
+            self._inputs = inputs
 
     def _run(self, function: Callable[[Any], None]) -> None:
-        if self.device.type == "cuda":
+        if self._is_cuda:
             self._call.stream = torch.cuda.current_stream(self.device).cuda_stream
             # Torch makes the device current, so that _cuda finds it so and need not return to one that this
             # process may never have used: since CUDA 12 making a device current creates its context.
@@ -299,7 +303,7 @@ class CompiledEngine:
         # Waits for a copy to the CPU, whose loops read at once; one to a GPU is ordered by its stream.
         non_blocking = self.device.type != "cpu"
         scalar = scalar.detach().to(device=self.device, dtype=torch.float32, non_blocking=non_blocking)
-        self._inputs.append(scalar)  # alive until the next call
+        self._scaler_values.append(scalar)
         return scalar.data_ptr()
 
     def report(self, metric: torch.Tensor | float) -> None:
@@ -309,7 +313,7 @@ class CompiledEngine:
             self._metric.fill_(metric)
         device, stream = self._call.device, 0
         arguments = (self._metric.data_ptr(), self._machines.data_ptr(), len(self._pushed), device)
-        if self.device.type == "cuda":
+        if self._is_cuda:
             stream = torch.cuda.current_stream(self.device).cuda_stream
             with torch.cuda.device(self.device):
                 self._module.report_metric(*arguments, stream)

@@ -18,6 +18,9 @@ from .schedules.metric import MetricSchedule
 _READ = ("lr", "lr_reference", "betas", "eps", "weight_decay", "weight_decay_reference", "decoupled_weight_decay",
          "amsgrad", "maximize", "master", "moments")  # fmt: skip
 
+#: And what else a step looks for, which engines and schedulers may leave.
+_READ_BY_STEPS = (*_READ, "clock", "group_index", "initial_lr")
+
 
 @dataclass
 class GroupRecord:
@@ -74,13 +77,21 @@ class GroupRecord:
             self.group.pop("initial_lr", None)
 
     def settings(self, grad_divisor: float) -> GroupSettings:
-        """The group's settings as of now; raises where they are unusable."""
-        # A tensor's address may change behind an unchanged object, so it is never taken from the cache.
-        options = (*map(self.group.get, _READ), self.schedules, self.machine, grad_divisor)
-        if self._settings is None or isinstance(options[0], torch.Tensor) or options != self._read_from:
+        """The group's settings as of now, the same object while it stands for them; raises where they are unusable."""
+        if self._settings is None or not self.stands_for(self._settings):
             self._settings = read_group(self.group, self.schedules, self.machine, grad_divisor)
-            self._read_from = options
+            self._read_from = self._read()
         return self._settings
+
+    def stands_for(self, settings: GroupSettings) -> bool:
+        """Whether nothing that a step reads here has changed since these settings were read, which were the latest."""
+        read = self._read()
+        # What may change within the same object, an address or an item, is never taken to have stayed.
+        changes_in_place = isinstance(read[0], torch.Tensor) or isinstance(read[2], list)
+        return settings is self._settings and not changes_in_place and read == self._read_from
+
+    def _read(self) -> tuple[Any, ...]:
+        return (*map(self.group.get, _READ_BY_STEPS), self.schedules, self.machine)
 
 
 class GroupTable:
@@ -134,6 +145,10 @@ class GroupTable:
     def forget_foreign_rates(self) -> None:
         for record in self._records:
             record.forget_foreign_rate()
+
+    def stand_for(self, settings: Sequence[GroupSettings]) -> bool:
+        """Whether nothing that a step reads in any group has changed since these settings were read."""
+        return len(settings) == len(self._records) and all(map(GroupRecord.stands_for, self._records, settings))
 
     def settings(self, grad_divisor: float) -> list[GroupSettings]:
         """All groups' settings as of now; raises where they are unusable."""

@@ -12,12 +12,12 @@ from . import codec, conversion, dtensors, precision
 from . import state as states
 from .arena import Layout
 from .base import OptimizerBase
-from .offload import Offloading
+from .update import Updates
 
 _NARROW = (torch.bfloat16, torch.float16)
 
 
-class ExactParameters(Offloading):
+class ExactParameters(Updates):
     """The part of `FusedScheduledAdam` that reads and sets parameters exactly, as their masters have them."""
 
     @torch.no_grad()

@@ -7,17 +7,15 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, compiled, dtensors, hyperparameters, packing, precision
+from . import checkpoint, compiled, hyperparameters, packing, precision
 from ._warnings import each_said_once
 from .backward import BackwardSteps
 from .base import NO_CLOCK
-from .callers import called_for_allocation, refuse_partial_norm, refuse_swapped_state
-from .devices import Call
+from .hooks import profile_hook_step
 from .hyperparameters import SCHEDULABLE
 from .machine import check_metric
-from .scheduler import SECOND_SCHEDULER, refuse_engines_scheduler, refuse_second_scheduler
+from .scheduler import SECOND_SCHEDULER
 from .schedules import Schedule
-from .steady import SteadyCall
 
 
 class FusedScheduledAdam(BackwardSteps):
@@ -74,6 +72,9 @@ class FusedScheduledAdam(BackwardSteps):
 
     #: GradScaler then hands over `grad_scale` and `found_inf` instead of waiting for the device.
     _step_supports_amp_scaling = True
+
+    #: What torch wraps `step()` with.
+    profile_hook_step = staticmethod(profile_hook_step)  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -194,70 +195,6 @@ class FusedScheduledAdam(BackwardSteps):
         if not torch.compiler.is_compiling() or not compiled.trace_step(self):
             self._step()
         return loss
-
-    # Never traced. The private decorator is torch.optim's own; the public one imports the compiler with this module.
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _step(self) -> None:
-        steady = self._devices.steady_call(self.state, self.param_groups, self._records.options)
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if steady is not None:  # without no_grad(), 2 to 4 us of 42: nothing in it is differentiable for torch
-            self._apply(steady.call, found_inf, grad_scale, steady=steady)
-            return
-        with torch.no_grad():
-            self._apply(self._collect(), found_inf, grad_scale)
-
-    def _apply(
-        self,
-        call: Call,
-        found_inf: torch.Tensor | None,
-        grad_scale: torch.Tensor | None,
-        *,
-        tick: bool | None = None,
-        steady: SteadyCall | None = None,
-    ) -> None:
-        """Update what the call names. tick: whether it begins a new update, where the caller knows; steady: the call is
-        the last one again."""
-        if steady is None:
-            self._ticks.observe(self.param_groups)
-        if not call.owners:
-            return
-        self._refuse_offloaded("step()")
-        packing.check_scaler_value("found_inf", found_inf)
-        packing.check_scaler_value("grad_scale", grad_scale)
-        options = self._records.options
-        reusable = steady is not None or (not self.state.changed and self._devices.rebind(call, options))
-        if not reusable and not all(map(self.state.has_state, call.owners)):
-            refuse_swapped_state()
-            if called_for_allocation():
-                self._devices.allocate(self.state, call, options)
-                return
-        if self._foreign_counts():
-            self._records.forget_foreign_rates()
-        refuse_second_scheduler(self._records)
-        norm_settings = self._norm_settings()
-        reducer = self.norm_reduce_hook
-        if norm_settings.wanted:
-            if reducer is None and steady is None:
-                reducer = dtensors.norm_reducer(call.owners)
-            if not self._applied_settings or norm_settings != self._devices.norm_settings:
-                refuse_partial_norm(call.owners, is_reduced=reducer is not None)
-        if not self._applied_settings:
-            refuse_engines_scheduler(self)
-        settings = self._records.settings(self._grad_divisor)
-        restored_clock = self._restored_clock()
-        if not reusable:
-            self._devices.lay_out(self.state, call, options)
-        if steady is None:
-            steady = self._devices.watch(self.state, call, self.param_groups)
-        if restored_clock is not None:
-            self.set_clock(restored_clock)
-        tick = self._ticks.should_tick(steady.ids) if tick is None else tick
-        self._push(settings)
-        packing.bump_versions(call.owners)  # before the update, while what the pass has read is still in the caches
-        self._devices.step(tick, found_inf, grad_scale, reducer)
-        self._ticks.record(steady.ids, tick)
-        if self._resumed or self._applied_settings != settings:  # setting attributes of an optimizer takes a while
-            self._applied_settings, self._resumed, self._clock_is_known = settings, False, True
 
     # -- hyperparameters -----------------------------------------------------------------------------------
 

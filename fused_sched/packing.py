@@ -7,12 +7,13 @@ reads pointers, dtypes and strides again, because gradients and parameters move.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.autograd.graph import increment_version
 
 from . import dtensors, precision
 from .arena import Entry, is_dense, same_order
@@ -183,13 +184,18 @@ def _byte_offsets(tensor: torch.Tensor) -> npt.NDArray[np.int64]:
     return (starts[:, None] + np.arange(tensor.element_size(), dtype=np.int64)).reshape(-1)
 
 
-def bump_versions(params: list[torch.Tensor]) -> None:
+def bump_versions_of_each(params: Iterable[torch.Tensor]) -> None:
     """Tell autograd that these were changed in place, which it cannot see."""
-    try:
-        torch.autograd.graph.increment_version(params)
-    except (TypeError, RuntimeError):  # older torch takes one tensor at a time
-        for param in params:
-            torch.autograd.graph.increment_version(param)
+    for param in params:
+        increment_version(param)
+
+
+try:
+    increment_version([])
+    # Without its check, which takes as long as the rest.
+    bump_versions: Callable[[list[torch.Tensor]], None] = getattr(torch._C, "_increment_version", increment_version)
+except TypeError:  # torch 2.6 takes one tensor at a time
+    bump_versions = bump_versions_of_each
 
 
 class Plan:

@@ -7,7 +7,7 @@ which take twenty times as long and know every error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from .arena import Entry
 
 if TYPE_CHECKING:
     from .devices import Call
+    from .hyperparameters import GroupSettings
 
 #: torch's, through which compiled code reads tensors.
 _EXCHANGE_API: Any = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
@@ -27,6 +28,8 @@ class SteadyCall:
     def __init__(self, call: Call) -> None:
         self.call = call._replace(grads=[])  # which zero_grad() means to free
         self.ids = frozenset(map(id, call.owners))
+        self.settings: list[GroupSettings] = []  # that the devices have
+        self.reducer: Callable[[torch.Tensor], object] | None = None  # of the sum of squares
         self._watch: Any = None
         self._groups: list[dict[str, Any]] = []
 

@@ -203,6 +203,7 @@ def test_running_out_of_memory_leaves_everything_where_it_was(offloaded: bool, m
 
 def test_captured_steps_refuse_it(monkeypatch: pytest.MonkeyPatch) -> None:
     p, optimizer = stepped()
+    optimizer._devices._uses_cuda = True
     with monkeypatch.context() as capturing:
         for module in ("engine", "devices", "offload"):
             capturing.setattr(f"fused_sched.{module}.is_capturing", lambda device: True)

@@ -86,7 +86,7 @@ std::atomic<bool> is_forked_child{false};
 
 }  // namespace
 
-void parallel_for(int64_t count, int num_threads, const std::function<void(int64_t)>& body) {
+void parallel_for_function(int64_t count, int num_threads, const std::function<void(int64_t)>& body) {
   // Never destroyed: its threads may outlive static destruction.
   static ThreadPool& pool = *new ThreadPool;
   static const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });

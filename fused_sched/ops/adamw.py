@@ -132,6 +132,7 @@ class PreparedAdamW:
         self._device = device
         self._is_cuda = device.type == "cuda"
         self._step = module.step
+        self._num_threads = 0  # of the latest call
         self._rows, self._arenas = tensor_rows(module, tensors, kind, counts.rows[1:])
         self._values = torch.full((1, 4), torch.nan, dtype=torch.float64, device=device)
         scalar_bytes = len(params) * module.LAYOUTS["scalars"][0]
@@ -161,16 +162,14 @@ class PreparedAdamW:
 
     def __call__(self) -> None:
         """Apply one update."""
-        self.run()
         packing.bump_versions(self._versioned)
-
-    def run(self) -> None:
-        """Apply one update, unseen by autograd."""
         if self._is_cuda:
             run_on_stream(self._step, self._call, self._device)
-        else:
-            self._call.num_threads = torch.get_num_threads()
-            self._step(self._call)
+            return
+        num_threads = torch.get_num_threads()
+        if num_threads != self._num_threads:
+            self._call.num_threads = self._num_threads = num_threads
+        self._step(self._call)
 
     @property
     def lr(self) -> torch.Tensor:
@@ -249,8 +248,8 @@ def adamw_(
     if counts.latest is None or counts.latest[0] != key:
         update = PreparedAdamW(params, grads, exp_avgs, exp_avg_sqs, counts, **options)
         counts.latest = key, update.forget()
-    counts.latest[1].run()
     packing.bump_versions([p for p in params if not p.is_inference()])
+    counts.latest[1]()
 
 
 def _places(tensors: Sequence[torch.Tensor]) -> list[Any]:
