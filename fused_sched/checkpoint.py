@@ -279,3 +279,4 @@ def _take_state(
         taken.append(param)
         layouts.append(arena.Layout.of(param, group_of[id(param)]))
     states.ensure(optimizer.state, taken, layouts)
+    optimizer.state.changed = False

@@ -51,6 +51,7 @@ class Devices:
         self._checked_places: list[tuple[Any, ...]] = []  # of parameters known not to overlap
         self._prepared_for: tuple[Any, ...] | None = None
         self._prepared_options: list[tuple[Any, ...]] = []
+        self._prepared_memory: object = None  # of the state
         self._routes: list[tuple[Engine, list[int]]] = []
         self._steady: SteadyCall | None = None  # the prepared call, where the compiled pass can watch it
 
@@ -78,14 +79,18 @@ class Devices:
         options: of all groups; None: those of the last step.
         """
         steady = self._steady
-        if steady is None or state.changed or (options and _layout_options(options) != self._prepared_options):
+        if steady is None or state.changed or state.memory is not self._prepared_memory:
+            return None
+        if options and _layout_options(options) != self._prepared_options:
             return None
         if state.shown:
             steady.add_state(state.take_shown())
         return steady if steady.repeats(groups) else None
 
-    def rebind(self, call: Call, options: Sequence[Mapping[str, Any]]) -> bool:
+    def rebind(self, state: states.StateMap, call: Call, options: Sequence[Mapping[str, Any]]) -> bool:
         """Prepare for a call like the last one; False if its tensors must be laid out anew."""
+        if state.changed or state.memory is not self._prepared_memory:
+            return False
         if _key(call) != self._prepared_for or _layout_options(options) != self._prepared_options:
             return False
         return all(engine.rebind([call.grads[i] for i in indices]) for engine, indices in self._routes)
@@ -121,6 +126,7 @@ class Devices:
         for device in dict.fromkeys(p.device for p in call.params):
             self.engine(device)
         states.ensure(state, call.owners, layouts)
+        state.changed = False  # what else was written waits until a call with its parameter lays out anew
 
     def lay_out(self, state: states.StateMap, call: Call, options: Sequence[Mapping[str, Any]]) -> None:
         """Make state and the engines' tables ready for a call; nothing has been changed when this raises."""
@@ -142,6 +148,7 @@ class Devices:
             engine.lay_out([works[i] for i in indices])
             self._routes.append((engine, indices))
         self._prepared_for, self._prepared_options = _key(call), _layout_options(options)
+        self._prepared_memory = state.memory
 
     def _drop_engines_without_parameters(self, options: Sequence[Mapping[str, Any]]) -> None:
         """The model moved to another device: what stayed behind would be asked for the clock first."""

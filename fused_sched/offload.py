@@ -112,7 +112,7 @@ class Offloading(OptimizerBase):
                 entry.tensors = {name: entry.view(name) for name in entry.tensors}
                 entry.pointers = entry.current_pointers()
             _show(param_state, param, addresses)
-        self.state.changed = True  # the tables that hold addresses are made anew
+        self.state.memory = object()  # the tables that hold addresses are made anew
 
 
 def _memory(held: Iterable[Entry]) -> dict[int, tuple[torch.Tensor, torch.device]]:
@@ -136,4 +136,4 @@ def _show(param_state: states.ParamState, param: torch.Tensor, addresses: dict[s
         if isinstance(current, torch.Tensor) and dtensors.local(current).data_ptr() == addresses[name]:
             dict.__setitem__(param_state, name, value)
         else:
-            param_state.changed = True
+            param_state.mark()

@@ -24,7 +24,8 @@ class ParamState(dict[str, Any]):
         self.owner: StateMap | None = None
         self.changed = True
 
-    def _mark(self) -> None:
+    def mark(self) -> None:
+        """Somebody wrote to it."""
         self.changed = True
         if self.owner is not None:
             self.owner.changed = True
@@ -64,15 +65,15 @@ class ParamState(dict[str, Any]):
         return super().__iter__()
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self._mark()
+        self.mark()
         super().__setitem__(key, value)
 
     def __delitem__(self, key: str) -> None:
-        self._mark()
+        self.mark()
         super().__delitem__(key)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        self._mark()
+        self.mark()
         super().update(*args, **kwargs)
 
     def __ior__(self, other: Any) -> ParamState:  # type: ignore[override, misc]
@@ -80,15 +81,15 @@ class ParamState(dict[str, Any]):
         return self
 
     def pop(self, *args: Any) -> Any:
-        self._mark()
+        self.mark()
         return super().pop(*args)
 
     def popitem(self) -> tuple[str, Any]:
-        self._mark()
+        self.mark()
         return super().popitem()
 
     def clear(self) -> None:
-        self._mark()
+        self.mark()
         super().clear()
 
     def setdefault(self, key: str, default: Any = None) -> Any:
@@ -112,7 +113,8 @@ class StateMap(defaultdict[Any, Any]):
 
     def __init__(self, items: Mapping[Any, Any] | None = None) -> None:
         super().__init__()
-        self.changed = True
+        self.changed = True  # somebody wrote to it: values are to be taken in
+        self.memory = object()  # another one whenever a parameter's state may lie elsewhere than before
         self.shown: dict[int, weakref.ref[Entry]] = {}  # what was looked at since the last step, by id
         for key, value in (items or {}).items():
             self[key] = value
@@ -122,8 +124,12 @@ class StateMap(defaultdict[Any, Any]):
         value: ParamState = self[key]
         return value
 
-    def __setitem__(self, key: Any, value: Any) -> None:
+    def _replace(self) -> None:
         self.changed = True
+        self.memory = object()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._replace()
         if isinstance(value, dict):
             # A state that another map owns stays that map's: its memory cannot be updated by two optimizers.
             if not isinstance(value, ParamState) or not (value.owner is None or value.owner is self):
@@ -132,19 +138,19 @@ class StateMap(defaultdict[Any, Any]):
         super().__setitem__(key, value)
 
     def __delitem__(self, key: Any) -> None:
-        self.changed = True
+        self._replace()
         super().__delitem__(key)
 
     def pop(self, *args: Any) -> Any:
-        self.changed = True
+        self._replace()
         return super().pop(*args)
 
     def popitem(self) -> tuple[Any, Any]:
-        self.changed = True
+        self._replace()
         return super().popitem()
 
     def clear(self) -> None:
-        self.changed = True
+        self._replace()
         super().clear()
 
     def update(self, *args: Any, **kwargs: Any) -> None:
@@ -208,7 +214,7 @@ def ensure(state: StateMap, params: Iterable[torch.Tensor], layouts: Iterable[La
 
     Written values are taken over, tensors that were put in place of ours are copied in, and state of another
     layout (the parameter changed its dtype, device or memory order) is converted. Nothing has been changed when
-    this raises.
+    this raises. Whether all written state was among it, and `state.changed` can be taken back, the caller knows.
     """
     pending: list[tuple[torch.Tensor, ParamState, Layout]] = []
     for param, layout in zip(params, layouts, strict=True):
@@ -229,6 +235,8 @@ def ensure(state: StateMap, params: Iterable[torch.Tensor], layouts: Iterable[La
         for items in by_device.values()
         for (param_state, _), entry in zip(items, allocate([layout for _, layout in items]), strict=True)
     }
+    if fresh:
+        state.memory = object()
     for (param, param_state, _), source in zip(pending, sources, strict=True):
         entry = fresh.get(id(param_state)) or param_state.entry
         assert entry is not None
@@ -238,7 +246,6 @@ def ensure(state: StateMap, params: Iterable[torch.Tensor], layouts: Iterable[La
         param_state.publish(entry, param)
         if state.get(param) is not param_state:
             state[param] = param_state
-    state.changed = False
 
 
 def _sources(pending: Iterable[tuple[torch.Tensor, ParamState, Layout]]) -> list[dict[str, Any]]:

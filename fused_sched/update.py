@@ -66,7 +66,7 @@ class Updates(Offloading):
     def _settle(self, call: Call, steady: SteadyCall | None) -> SteadyCall | None:
         """Bring memory, options, limits and clock to where the call needs them; None: only memory was asked for."""
         options = self._records.options
-        reusable = steady is not None or (not self.state.changed and self._devices.rebind(call, options))
+        reusable = steady is not None or self._devices.rebind(self.state, call, options)
         if not reusable and not all(map(self.state.has_state, call.owners)):
             refuse_swapped_state()
             if called_for_allocation():
