@@ -166,9 +166,8 @@ class OptimizerBase(StepTail):
             >>> opt.lr_tensor
             tensor([nan], dtype=torch.float64)
         """
-        known = self._devices.first
         engine = self._first_engine()
-        if known is None:
+        if len(engine.lr_tensor) < len(self._records):  # groups that took part in no step yet
             self.push_hyperparameters()
         return engine.lr_tensor
 
@@ -273,8 +272,8 @@ class OptimizerBase(StepTail):
         attaches = name == "step" and hasattr(value, "_wrapped_by_lr_sched")
         if attaches and any("lr" in record.schedules for record in self._records):
             for record in self._records:
-                record.group.pop("initial_lr", None)  # which the scheduler has just added
-            raise RuntimeError(SECOND_SCHEDULER)
+                record.undo_scheduler()
+            raise RuntimeError(f"{SECOND_SCHEDULER}. The groups' options are those of the latest step again")
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from . import arena, conversion, dtensors, hyperparameters
@@ -47,7 +48,7 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
         params = record.group["params"]
         for param in params:
             numbers.setdefault(id(param), len(numbers))
-        group = {key: value for key, value in record.group.items() if key != "params"}
+        group = {key: _plain(value) for key, value in record.group.items() if key != "params"}
         for name in ("lr", "weight_decay"):
             if name not in record.schedules:
                 group[f"{name}_reference"] = group[name]  # a ratio of 1, whoever wrote the option
@@ -75,6 +76,13 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
             key = numbers[id(key)]
         packed[key] = dict(value) if isinstance(value, dict) else value
     return {"state": packed, "param_groups": groups}
+
+
+def _plain(option: Any) -> Any:
+    """An option without NumPy's scalars, which `torch.load(weights_only=True)` refuses."""
+    if isinstance(option, (tuple, list)):
+        return type(option)(map(_plain, option))
+    return option.item() if isinstance(option, np.generic) else option
 
 
 def _exported_state(param: Any, state: states.ParamState, portable: bool, count: int) -> dict[str, Any]:
@@ -125,8 +133,9 @@ def load(optimizer: FusedScheduledAdam, state_dict: dict[str, Any]) -> None:
     optimizer.set_clock(clock)
     optimizer._devices.forget_rates()
     optimizer._applied_settings, optimizer._resumed = [], clock > 0
+    settings = optimizer._records.settings(optimizer._grad_divisor)
     if optimizer._devices.first is not None:
-        optimizer.push_hyperparameters()  # the clock and the state are on the device already: replays follow at once
+        optimizer._push(settings)  # the clock and the state are on the device already: replays follow at once
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 
@@ -225,7 +234,7 @@ def _apply_options(group: dict[str, Any], merged: dict[str, Any]) -> None:
     if isinstance(live_lr, torch.Tensor):
         with torch.no_grad():
             if isinstance(new_lr, torch.Tensor):
-                live_lr.copy_(new_lr)
+                live_lr.copy_(new_lr.reshape(live_lr.shape))
             else:
                 live_lr.fill_(new_lr)
         merged["lr"] = live_lr

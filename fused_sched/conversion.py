@@ -20,6 +20,10 @@ _BOTH = ("exp_avg", "exp_avg_sq")
 
 def check_source(param: torch.Tensor, source: Mapping[str, Any]) -> None:
     """Raise if values found in a state dict cannot be taken over for this parameter."""
+    for key, value in source.items():
+        if isinstance(value, torch.Tensor) and (value.is_meta or value.layout != torch.strided):
+            what = "on the meta device, without values" if value.is_meta else f"of layout {value.layout}"
+            raise ValueError(f"state {key!r} must be a dense tensor with values, got one {what}; load it onto a device")
     remedy = "was the checkpoint made from another model?"
     for key in FLOATS:
         value = source.get(key)
@@ -110,9 +114,9 @@ def _fill_moments(layout: Layout, targets: Mapping[str, torch.Tensor], source: M
             if source.get(name) is not targets[name]:
                 _copy_or_zero(targets[name], value)
         return
-    zero = torch.zeros(layout.shape, device=layout.device)
+    zero = torch.zeros(layout.shape, dtype=torch.float32, device=layout.device)
     first, second = (zero if value is None else value for value in values.values())
-    order = torch.empty_strided(layout.shape, layout.stride, device=layout.device)
+    order = torch.empty_strided(layout.shape, layout.stride, dtype=torch.float32, device=layout.device)
     first, second = (codec.in_memory_order(torch.empty_like(order).copy_(value)) for value in (first, second))
     for elements, groups in _parts(layout.numel):
         for name, coded in codec.encode_moments(layout.moments, first[elements], second[elements]).items():

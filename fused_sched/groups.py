@@ -22,6 +22,10 @@ _READ = ("lr", "lr_reference", "betas", "eps", "weight_decay", "weight_decay_ref
 _READ_BY_STEPS = (*_READ, "clock", "group_index", "initial_lr")
 
 
+#: Keys that torch's schedulers add to groups (OneCycleLR the last four).
+_WRITTEN_BY_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
+
+
 @dataclass
 class GroupRecord:
     """A param group and the schedules that drive it; the group itself holds only numbers and names."""
@@ -35,6 +39,7 @@ class GroupRecord:
     def __post_init__(self) -> None:
         self.start_machine()
         self._given = {key: self.group[key] for key in _READ if key in self.group}
+        self._own_keys = frozenset(self.group)
 
     def start_machine(self) -> None:
         """The lr has a new schedule: one that follows metrics has had no report yet."""
@@ -59,11 +64,22 @@ class GroupRecord:
         saved_index = self.group.pop("group_index", None)
         if saved_index is None:
             return
-        live = self._given if self._read_from is None else dict(zip(_READ, self._read_from, strict=False))
+        live = self._latest()
         self.group.update(live if saved_index != index else {name: live[name] for name in ("master", "moments")})
         self.group.pop("schedules", None)
         metric_state = self.group.pop("metric_state", None)
         self.take_metric_state(metric_state if saved_index == index else None)
+
+    def _latest(self) -> dict[str, Any]:
+        """The options as they were last read, or given."""
+        return self._given if self._read_from is None else dict(zip(_READ, self._read_from, strict=False))
+
+    def undo_scheduler(self) -> None:
+        """Take back what a scheduler has written that is refused when it attaches: last."""
+        self.group.update(self._latest())
+        for key in _WRITTEN_BY_SCHEDULERS:
+            if key not in self._own_keys:
+                self.group.pop(key, None)
 
     def forget_foreign_rate(self) -> None:
         """Undo what another optimizer's checkpoint says of scheduled options: its scheduler's latest values."""

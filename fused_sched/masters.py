@@ -142,7 +142,8 @@ def _set_exactly(param: torch.Tensor, state: Mapping[str, Any], layout: Layout |
     if layout is None or not streams:
         param.copy_(value)
         return
-    exact = torch.empty_strided(layout.shape, layout.stride, device=layout.device).copy_(value)
+    exact = torch.empty_strided(layout.shape, layout.stride, dtype=torch.float32, device=layout.device)
+    exact.copy_(value)
     rounded, kept = codec.encode_master(layout.master, codec.in_memory_order(exact), layout.dtype)
     assert kept is not None
     codec.in_memory_order(state[streams[0].name]).copy_(kept)

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import dtensors
@@ -191,17 +192,26 @@ class StateMap(defaultdict[Any, Any]):
 
 
 def step_counts(param_states: Iterable[Any]) -> list[int]:
-    """How many updates each parameter's state has seen, with one wait per device; 0 where it says nothing."""
-    counts: list[Any] = [s.get("step_int64", s.get("step", 0)) if isinstance(s, dict) else 0 for s in param_states]
+    """How many updates each parameter's state has seen, with one wait per device; 0 where it says nothing.
+
+    Where `step` and `step_int64` disagree, another optimizer went on with the one that it knows, and `step` is right.
+    """
+    numbers: list[Any] = []
+    for state in param_states:
+        known = state if isinstance(state, dict) else {}
+        numbers += [known.get("step_int64", known.get("step", 0)), known.get("step", known.get("step_int64", 0))]
     positions: dict[torch.device, list[int]] = {}
-    for position, count in enumerate(counts):
-        if isinstance(count, torch.Tensor):
-            positions.setdefault(count.device, []).append(position)
+    for position, number in enumerate(numbers):
+        if isinstance(number, torch.Tensor):
+            positions.setdefault(number.device, []).append(position)
     for of_device in positions.values():
-        on_device = torch.stack([counts[i].reshape(()).to(torch.int64) for i in of_device])
-        for position, count in zip(of_device, on_device.tolist(), strict=True):
-            counts[position] = count
-    return [int(count) for count in counts]
+        on_device = torch.stack([numbers[i].reshape(()).to(torch.float64) for i in of_device])  # exact below 2^53
+        for position, number in zip(of_device, on_device.tolist(), strict=True):
+            numbers[position] = number
+    return [
+        int(step) if step >= 0 and np.float32(count) != np.float32(step) else int(count)
+        for count, step in zip(numbers[::2], numbers[1::2], strict=True)
+    ]
 
 
 def clocks_of(param_states: Iterable[Any]) -> list[int]:

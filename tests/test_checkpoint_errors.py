@@ -59,6 +59,18 @@ def test_codes_that_do_not_fit_are_refused(key: str, value: Any, message: str, b
     assert_refused(optimizer, saved, ValueError, message)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda t: t.to("meta"), "on the meta device"), (lambda t: t.to_sparse(), "of layout torch.sparse_coo")],
+    ids=["meta", "sparse"],
+)
+def test_tensors_without_values_of_their_own_are_refused(change: Any, message: str, backend: Backend) -> None:
+    optimizer = trained(backend, "split16", "fp32")
+    saved = through_a_file(optimizer.state_dict())
+    saved["state"][1]["exp_avg"] = change(saved["state"][1]["exp_avg"])
+    assert_refused(optimizer, saved, ValueError, message)
+
+
 @pytest.mark.parametrize("missing", ["exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("moments", ["fp32", "8bit"])
 def test_one_moment_without_the_other_is_refused(moments: str, missing: str, backend: Backend) -> None:

@@ -92,6 +92,31 @@ def test_state_is_converted_to_the_live_formats(
         assert_same(snapshot(second), snapshot(first))
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("target", formats_of(torch.bfloat16), ids="+".join)
+def test_conversions_whatever_the_default_dtype_is(
+    target: tuple[str, str], default: torch.dtype, get_backend: Any
+) -> None:
+    """torch.set_default_dtype decides for what is made without a dtype."""
+    backend = get_backend("cpu")
+    saved = {portable: trained(backend, "fp32", "fp32").state_dict(portable=portable) for portable in (False, True)}
+    results = []
+    before = torch.get_default_dtype()
+    for dtype in (before, default):
+        loaded = [trained(backend, *target, updates=0) for _ in saved]
+        torch.set_default_dtype(dtype)
+        try:
+            for optimizer, portable in zip(loaded, saved, strict=True):
+                optimizer.load_state_dict(saved[portable])
+                model = torch.nn.ParameterList([optimizer.param_groups[0]["params"][0]])
+                optimizer.load_fp32_state_dict(model, optimizer.fp32_state_dict(model))
+        finally:
+            torch.set_default_dtype(before)
+        results.append([snapshot(optimizer) for optimizer in loaded])
+    for actual, expected in zip(*results, strict=True):
+        assert_same(actual, expected)
+
+
 def rounded_to_even(weight: torch.Tensor) -> torch.Tensor:
     return weight.to(torch.bfloat16)
 

@@ -258,6 +258,8 @@ def test_lr_tensor_holds_the_rates_just_used(backend: Backend) -> None:
         rates = optimizer.lr_tensor
         assert (rates.shape, rates.dtype, rates.device.type) == ((2,), torch.float64, backend.device.type)
         assert rates.tolist() == [RAMP(index), 0.5]
+    optimizer.add_param_group({"params": [backend.parameter([0.0])], "lr": 0.25})
+    assert optimizer.lr_tensor.isnan().tolist() == [False, False, True]  # took part in no step yet
 
 
 def test_last_lr_is_floats_of_the_latest_step(backend: Backend) -> None:
