@@ -49,6 +49,7 @@ BARS = [
     Bar("cpu", "formats/split16_bf16", FUSED, OURS, 1.4),
     Bar("cpu", "formats/split8_8bit", FUSED, OURS, 1.8),
     Bar("cpu", "tail/fp32", FUSED, OURS, 1.25),
+    Bar("cpu", "host/1000 tensors tail", FUSED, OURS, 20.0),
     Bar("cpu", "cache/step", FUSED, OURS, 2.0),
     Bar("cpu", "cache/kernel alone", KERNEL, "fused_sched.ops, prepared", 2.0),
     *(

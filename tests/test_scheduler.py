@@ -102,6 +102,16 @@ def test_plateau_scheduler_drives_an_unscheduled_optimizer(backend: Backend) -> 
     assert moved(optimizer) == 0.25
 
 
+def test_plateau_scheduler_scales_a_schedule(backend: Backend) -> None:
+    """It leaves no mark: nothing tells it from a user who edits the group (docs/frameworks.md)."""
+    optimizer = sign_descent(backend, RAMP)
+    plateau = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    for metric in (1.0, 2.0):
+        update(optimizer)
+        plateau.step(metric)
+    assert moved(optimizer) == 0.5 * RAMP(2)
+
+
 # ---- the handle ----------------------------------------------------------------------------------
 
 
