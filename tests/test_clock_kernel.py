@@ -1,4 +1,5 @@
-"""The clock kernel, run on the CPU (tests/cuda_on_cpu): ticks, hyperparameters, steps and the scalars of a step.
+"""The clock kernel, run on the CPU (tests/cuda_on_cpu), and the CPU backend's clock: ticks,
+hyperparameters, steps and the scalars of a step.
 
 Needs NumPy and a C++ compiler only. test_sanitizers.py runs this file again under the sanitizers.
 """
@@ -11,19 +12,13 @@ from math import inf, nan
 import numpy as np
 import pytest
 from cuda_on_cpu import abi
+from cuda_on_cpu.instances import GROUPS
 from cuda_on_cpu.memory import GroupSpec, Problem, TensorSpec
 
 pytest_plugins = ["cuda_on_cpu.fixtures"]
 
 CLOCK_CAPACITY = 1359  # runs of tensors in one launch, 24 bytes each (CallTable::kPoolBytes); each tensor is one
 CLOCK_THREADS = 128
-
-GROUPS = [
-    GroupSpec(lr=1e-2, weight_decay=0.1),
-    GroupSpec(lr=1e-2, weight_decay=0.1, flags=abi.GROUP_MAXIMIZE, grad_divisor=4.0),  # L2
-    GroupSpec(lr=1e-3, beta1=0.3, beta2=0.4, weight_decay=0.0),
-    GroupSpec(lr=1e-2, beta1=0.0, eps=0.0),
-]
 
 
 def expected_scalars(group: GroupSpec, step: int, grad_scale: float = 1.0, kind: str = "<f4") -> dict[str, object]:
@@ -48,7 +43,7 @@ def expected_scalars(group: GroupSpec, step: int, grad_scale: float = 1.0, kind:
     }
 
 
-def test_derives_the_scalars_of_every_tensor(library: abi.Library) -> None:
+def test_derives_the_scalars_of_every_tensor(each_library: abi.StepLibrary) -> None:
     specs = [TensorSpec(1, "fp64" if i % 5 == 0 else "fp32", "fp64" if i % 5 == 0 else "fp32", group=i % 4,
                         arena=int(i % 5 != 0)) for i in range(3 * CLOCK_THREADS + 1)]  # fmt: skip
     problem = Problem(specs, GROUPS)
@@ -56,7 +51,7 @@ def test_derives_the_scalars_of_every_tensor(library: abi.Library) -> None:
     for i, record in enumerate(problem.steps):
         record.data["count"] = record.data["mirror"] = i % 3
     call = problem.call(grad_scale=True)
-    library.clock(call)
+    each_library.clock(call)
     for i, spec in enumerate(specs):
         expected = expected_scalars(GROUPS[spec.group], i % 3 + 1, 512.0, spec.compute)
         for name, value in expected.items():
@@ -82,11 +77,11 @@ def test_many_tensors_take_several_launches(library: abi.Library, num_tensors: i
         assert problem.scalars_of(i)["step_size"] == expected_scalars(group, i // 7 + 1)["step_size"]
 
 
-def test_with_many_groups(library: abi.Library) -> None:
+def test_with_many_groups(each_library: abi.StepLibrary) -> None:
     groups = [GroupSpec(lr=1e-3 * (i + 1), beta1=0.9 - i * 1e-4, weight_decay=0.01 * i) for i in range(300)]
     specs = [TensorSpec(1, group=(i * 7) % 300) for i in range(600)]
     problem = Problem(specs, groups)
-    library.clock(problem.call())
+    each_library.clock(problem.call())
     for i, group in enumerate(groups):
         assert problem.values.data[i].tolist() == (group.lr, group.beta1, group.beta2, group.weight_decay)
     for i, spec in enumerate(specs):
@@ -101,7 +96,7 @@ def linear_program(start: float, end: float, steps: int) -> bytes:
     return struct.pack("<IIiiq", 0x48435346, 1, 1, 0, 24 + len(node)) + node
 
 
-def test_evaluates_programs_and_reads_tensors(library: abi.Library) -> None:
+def test_evaluates_programs_and_reads_tensors(each_library: abi.StepLibrary) -> None:
     """Powers of two, so that every value is exact."""
     group = GroupSpec(
         lr=(0.5, linear_program(1.0, 0.0, 8)),
@@ -111,7 +106,7 @@ def test_evaluates_programs_and_reads_tensors(library: abi.Library) -> None:
     )
     problem = Problem([TensorSpec(10)], [group])
     for t in range(12):
-        library.clock(problem.call())
+        each_library.clock(problem.call())
         assert problem.clock.data["step"] == t + 1
         passed = min(t, 8) / 8
         values = (0.5 * (1.0 - passed), 0.5 + 0.25 * passed, 0.875, 0.25)
@@ -122,36 +117,36 @@ def test_evaluates_programs_and_reads_tensors(library: abi.Library) -> None:
 
 
 @pytest.mark.parametrize("value", [1.0, 2.0, nan, inf])
-def test_skipped_call_changes_nothing_and_keeps_its_tick(library: abi.Library, value: float) -> None:
+def test_skipped_call_changes_nothing_and_keeps_its_tick(each_library: abi.StepLibrary, value: float) -> None:
     specs = [TensorSpec(100), TensorSpec(33, "bf16", "fp32", "fp32"), TensorSpec(9, "fp64", "fp64", arena=1)]
     problem = Problem(specs)
     problem.randomize(np.random.default_rng(2))
     applied = problem.call(found_inf=True)
-    library.clock(applied)
-    library.update(applied)
+    each_library.clock(applied)
+    each_library.update(applied)
 
     problem.found_inf.data[0] = value
     before = [b.raw.tobytes() for b in problem.buffers() if b not in (problem.clock, problem.scalars)]
     skipped = problem.call(found_inf=True)
-    library.clock(skipped)
-    library.update(skipped)
+    each_library.clock(skipped)
+    each_library.update(skipped)
     assert [b.raw.tobytes() for b in problem.buffers() if b not in (problem.clock, problem.scalars)] == before
     assert problem.clock.data[0].tolist() == (1, 1, 1)  # step, tick_pending, skipped
 
     # The round's next call is not a tick, and takes the one kept.
     problem.found_inf.data[0] = 0.0
-    library.clock(problem.call(tick=False, found_inf=True))
+    each_library.clock(problem.call(tick=False, found_inf=True))
     assert problem.clock.data[0].tolist() == (2, 0, 0)
-    library.clock(problem.call(tick=False, found_inf=True))
+    each_library.clock(problem.call(tick=False, found_inf=True))
     assert problem.clock.data[0].tolist() == (2, 0, 0)
     assert [int(record.data["count"][0]) for record in problem.steps] == [3, 3, 3]
 
 
-def test_takes_a_step_written_from_outside(library: abi.Library) -> None:
+def test_takes_a_step_written_from_outside(each_library: abi.StepLibrary) -> None:
     problem = Problem([TensorSpec(1), TensorSpec(1), TensorSpec(1)])
     problem.steps[0].data["mirror"] = 41.0
     problem.steps[1].data["count"], problem.steps[1].data["mirror"] = 2**24 + 1, 2.0**24
-    library.clock(problem.call())
+    each_library.clock(problem.call())
     assert [int(record.data["count"][0]) for record in problem.steps] == [42, 2**24 + 2, 1]
     assert [float(record.data["mirror"][0]) for record in problem.steps] == [42.0, 2.0**24 + 2, 1.0]
 

@@ -11,24 +11,14 @@ from itertools import product
 import numpy as np
 import pytest
 from cuda_on_cpu import abi, emulation
+from cuda_on_cpu.expected import after_update, assert_updated
+from cuda_on_cpu.instances import CUDA_INSTANCES, GROUPS, Instance, instance_id
 from cuda_on_cpu.memory import GroupSpec, Problem, TensorSpec
 from oracle import Options, Oracle, decode_codes
 from tolerances import param_bound, state_bound, weight_bound
 
 pytest_plugins = ["cuda_on_cpu.fixtures"]
 
-Instance = tuple[str, str, str, str, bool]  # param, grad, master, moments, amsgrad
-MASTERS = {"fp32": ["none"], "fp16": ["none", "fp32"], "bf16": ["none", "fp32", "split16", "split8", "stochastic"]}
-MOMENTS = [("fp32", False), ("fp32", True), ("bf16", False), ("8bit", False)]
-# All that is compiled; the gradient's format is looked up when a kernel runs.
-INSTANCES: list[Instance] = [
-    *(
-        (param, grad, master, *moments)
-        for param, masters in MASTERS.items()
-        for grad, master, moments in product(["fp32", "bf16", "fp16"], masters, MOMENTS)
-    ),
-    *(("fp64", "fp64", "none", "fp32", amsgrad) for amsgrad in (False, True)),
-]
 UPDATE_CAPACITY = 1024  # tensors of one launch (UpdateTable::kCapacity)
 ARENA_CAPACITY = 16  # kMaxArenas
 
@@ -40,69 +30,15 @@ def tile(param: str, master: str = "none", moments: str = "fp32") -> int:
     return 4096 if master == "split8" or moments == "8bit" else 2048
 
 
-def instance_id(instance: Instance) -> str:
-    param, grad, master, moments, amsgrad = instance
-    return f"{param}-{grad}-{master}-{moments}" + ("-amsgrad" if amsgrad else "")
+every_instance = pytest.mark.parametrize("instance", CUDA_INSTANCES, ids=instance_id)
 
 
-every_instance = pytest.mark.parametrize("instance", INSTANCES, ids=instance_id)
-
-
-def assert_same_bits(actual: np.ndarray, expected: np.ndarray, what: str) -> None:
-    """Bit for bit; any NaN equals any NaN."""
-    same = actual.view(f"u{actual.itemsize}") == expected.view(f"u{expected.itemsize}")
-    if actual.dtype.kind == "f":
-        same |= np.isnan(actual) & np.isnan(expected)
-    wrong = np.flatnonzero(~same)
-    assert wrong.size == 0, f"{what}: element {wrong[0]} of {len(actual)}: {actual[wrong[0]]!r}, {expected[wrong[0]]!r}"
-
-
-def expected_after_update(problem: Problem) -> list[dict[str, np.ndarray]]:
-    """What the update must leave, from the scalars the clock wrote."""
-    results = []
-    for i, spec in enumerate(problem.specs):
-        stored = {slot: values[: spec.entries(slot)].copy() for slot, values in problem.state(i).items()}
-        stored["param"], stored["grad"] = problem.params[i].data.copy(), problem.grads[i].data.copy()
-        names = (spec.param, spec.grad, spec.master, spec.moments)
-        random = (problem.seed, int(problem.clock.data["step"][0]), spec.ordinal)
-        emulation.update(stored, names, problem.scalars_of(i), random)
-        results.append(stored)
-    return results
-
-
-def state_values(stored: np.ndarray, slot: str) -> np.ndarray:
-    """bf16 moments as floats, so that any NaN equals any NaN; everything else as it is."""
-    is_bf16 = stored.dtype == np.uint16 and slot in ("exp_avg", "exp_avg_sq")
-    return emulation.decode(stored, "bf16") if is_bf16 else stored
-
-
-def assert_updated(problem: Problem, expected: list[dict[str, np.ndarray]]) -> None:
-    for i, (spec, stored) in enumerate(zip(problem.specs, expected, strict=True)):
-        for slot, values in problem.state(i).items():
-            entries = spec.entries(slot)
-            assert_same_bits(state_values(values[:entries], slot), state_values(stored[slot], slot), f"{spec}: {slot}")
-            assert not values[entries:].any(), f"{spec}: the padding of {slot} is not zero any more"
-        actual, wanted = (emulation.decode(p, spec.param) for p in (problem.params[i].data, stored["param"]))
-        assert_same_bits(actual, wanted, f"{spec}: param")
-        assert (problem.grads[i].data.view(np.uint8) == stored["grad"].view(np.uint8)).all(), f"{spec}: grad written"
-    for buffer in problem.buffers():
-        buffer.assert_sentinels()
-
-
-GROUPS = [
-    GroupSpec(lr=1e-2, weight_decay=0.1),
-    GroupSpec(lr=1e-2, weight_decay=0.1, flags=abi.GROUP_MAXIMIZE, grad_divisor=4.0),  # L2
-    GroupSpec(lr=1e-3, beta1=0.3, beta2=0.4, weight_decay=0.0),
-    GroupSpec(lr=1e-2, beta1=0.0, eps=0.0),
-]
-
-
-@every_instance
+@pytest.mark.parametrize("instance", CUDA_INSTANCES, ids=instance_id)
 def test_update_matches_emulation_bit_for_bit(library: abi.Library, instance: Instance) -> None:
     param, grad, master, moments, amsgrad = instance
     t = tile(param, master, moments)
     sizes = [0, 1, 7, 8, 9, 31, 32, 33, 255, 256, 257, 4095, 4096, 4097, t - 1, t, t + 1, 3 * t + 5]
-    rng = np.random.default_rng(INSTANCES.index(instance))
+    rng = np.random.default_rng(CUDA_INSTANCES.index(instance))
     common = TensorSpec(0, param, grad, master, amsgrad, moments)
     specs = [replace(common, numel=n) for n in sizes]
     for numel in sizes:
@@ -116,7 +52,7 @@ def test_update_matches_emulation_bit_for_bit(library: abi.Library, instance: In
     problem.steps[0].data["count"] = problem.steps[0].data["mirror"] = 10
     call = problem.call()
     library.clock(call)
-    expected = expected_after_update(problem)
+    expected = after_update(problem)
     library.update(call)
     assert_updated(problem, expected)
     assert call.launches == 2
@@ -148,7 +84,7 @@ def test_formats_mixed_in_one_call(library: abi.Library) -> None:
     """Each combination has a launch of its own; rows keep their scalars wherever they are in the call."""
     specs = [
         TensorSpec(100 + 3 * i, param, grad, master, amsgrad, moments, group=i % 2, ordinal=i)
-        for i, (param, grad, master, moments, amsgrad) in enumerate(INSTANCES * 2)
+        for i, (param, grad, master, moments, amsgrad) in enumerate(CUDA_INSTANCES * 2)
     ]
     kept = list(dict.fromkeys((spec.param == "fp64", spec.master, spec.moments) for spec in specs))
     specs = [replace(spec, arena=kept.index((spec.param == "fp64", spec.master, spec.moments))) for spec in specs]
@@ -157,10 +93,10 @@ def test_formats_mixed_in_one_call(library: abi.Library) -> None:
     problem.randomize(np.random.default_rng(3))
     call = problem.call()
     library.clock(call)
-    expected = expected_after_update(problem)
+    expected = after_update(problem)
     library.update(call)
     assert_updated(problem, expected)
-    assert call.launches == 1 + len(INSTANCES)
+    assert call.launches == 1 + len(CUDA_INSTANCES)
 
 
 @pytest.mark.parametrize("num_tensors", [UPDATE_CAPACITY, 1500])
@@ -173,7 +109,7 @@ def test_many_tensors_take_several_launches(library: abi.Library, num_tensors: i
     call = problem.call()
     library.clock(call)
     clocks = call.launches
-    expected = expected_after_update(problem)
+    expected = after_update(problem)
     library.update(call)
     assert_updated(problem, expected)
     nonempty = sum(spec.numel > 0 for spec in specs)
@@ -194,7 +130,7 @@ def test_arenas_beyond_one_launch(library: abi.Library) -> None:
     problem.randomize(np.random.default_rng(5))
     call = problem.call()
     library.clock(call)
-    expected = expected_after_update(problem)
+    expected = after_update(problem)
     library.update(call)
     assert_updated(problem, expected)
     # Arenas come 0 .. 19, 0 .. 19, 0 .. 19: a launch ends where a 17th would enter.
@@ -211,13 +147,13 @@ def test_eps_zero_leaves_padding_zero_and_neighbours_alone(library: abi.Library)
         for _ in range(2):
             call = problem.call()
             library.clock(call)
-            expected = expected_after_update(problem)
+            expected = after_update(problem)
             library.update(call)
             assert_updated(problem, expected)
         assert all(np.isfinite(emulation.decode(p.data, param)).all() for p in problem.params)
 
 
-ORACLE_INSTANCES = [i for i in INSTANCES if i[2] in ("none", "fp32") and i[3] == "fp32"]
+ORACLE_INSTANCES = [i for i in CUDA_INSTANCES if i[2] in ("none", "fp32") and i[3] == "fp32"]
 
 
 @pytest.mark.parametrize("instance", ORACLE_INSTANCES, ids=instance_id)

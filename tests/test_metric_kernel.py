@@ -1,4 +1,5 @@
-"""Machines of metric-driven rates in the CUDA kernel, run on the CPU (tests/cuda_on_cpu), against the recorded rates.
+"""Machines of metric-driven rates in the CUDA kernel, run on the CPU (tests/cuda_on_cpu), and in the CPU backend,
+against the recorded rates.
 
 Needs NumPy and a C++ compiler only. test_sanitizers.py runs this file again under the sanitizers.
 """
@@ -70,7 +71,7 @@ class Machines:
 
 
 @pytest.mark.parametrize("count", [1, 32, 75])
-def test_recorded_rates(library: abi.Library, count: int) -> None:
+def test_recorded_rates(each_library: abi.StepLibrary, count: int) -> None:
     """Machines side by side, more than a warp of them; a group without one is passed over."""
     machines = Machines(count)
     records = machines.records.raw.copy()
@@ -83,15 +84,15 @@ def test_recorded_rates(library: abi.Library, count: int) -> None:
             mine = [j for j in machines.states if j % len(RECORDS) == i]
             others = [j for j in machines.states if j not in mine]
             machines.records.data["state"][others] = 0
-            library.report_metric(machines.report())
+            each_library.report_metric(machines.report())
             machines.records.data["state"][others] = [machines.states[j].address for j in others]
     assert (machines.records.raw == records).all()
     for buffer in [machines.records, machines.metric, *machines.states.values()]:
         buffer.assert_sentinels()
 
 
-def test_no_groups(library: abi.Library) -> None:
-    library.report_metric(Machines(0).report())
+def test_no_groups(each_library: abi.StepLibrary) -> None:
+    each_library.report_metric(Machines(0).report())
 
 
 def test_device_and_stream_of_the_report(library: abi.Library) -> None:

@@ -1,4 +1,5 @@
-"""The norm kernel, run on the CPU (tests/cuda_on_cpu): sums to the last bit, clipping, skipping, launches, recorder.
+"""The norm kernel, run on the CPU (tests/cuda_on_cpu), and the CPU backend's norm: sums to the last bit, clipping,
+skipping, launches, recorder.
 
 Needs NumPy and a C++ compiler only. test_sanitizers.py runs this file again under the sanitizers.
 """
@@ -12,79 +13,27 @@ from math import inf, isfinite, isnan, nan, sqrt
 import numpy as np
 import pytest
 from cuda_on_cpu import abi, emulation
-from cuda_on_cpu.memory import GroupSpec, Problem, TensorSpec, chunk_lengths
+from cuda_on_cpu.expected import decoded, sum_of_squares
+from cuda_on_cpu.instances import mixed_specs
+from cuda_on_cpu.memory import GroupSpec, Problem, TensorSpec
 
 pytest_plugins = ["cuda_on_cpu.fixtures"]
 
 GRADS = 2039  # of one launch: 16 bytes each, 24 each run of tensors (CallTable::kPoolBytes)
 RUNS = 1359
-FORMATS = ("fp32", "bf16", "fp16", "fp64")
 
 
-def decoded(stored: np.ndarray, name: str) -> np.ndarray:
-    return emulation.decode(stored, name).astype(np.float64)
-
-
-def fold(accumulators: np.ndarray) -> float:
-    while len(accumulators) > 1:
-        half = len(accumulators) // 2
-        accumulators = accumulators[:half] + accumulators[half:]
-    return float(accumulators[0])
-
-
-def in_order(values: np.ndarray, count: int) -> float:
-    """Value i is added to accumulator i % count, in order; the accumulators are folded in halves."""
-    padded = np.zeros(-(-max(1, len(values)) // count) * count)
-    padded[: len(values)] = values
-    accumulators = np.zeros(count)
-    for row in padded.reshape(-1, count):
-        accumulators = accumulators + row
-    return fold(accumulators)
-
-
-def expected_squares(problem: Problem) -> float:
-    """The sum of squares to the last bit, where no element of an fp64 gradient is extreme."""
-    elements = [decoded(g.data, s.grad) for g, s in zip(problem.grads, problem.specs, strict=True)]
-    counts = [512 // np.dtype(abi.STORAGE[s.grad]).itemsize for s in problem.specs]
-    lengths = iter(chunk_lengths([s.numel for s in problem.specs]))
-    chunks = []
-    for values, count in zip(elements, counts, strict=True):
-        first = 0
-        while first < len(values):
-            length = next(lengths)
-            chunks.append(in_order(values[first : first + length] ** 2, count))
-            first += length
-    return in_order(np.array(chunks), 256)
-
-
-def random_grads(problem: Problem, seed: int = 0, scale: float = 1.0) -> None:
-    rng = np.random.default_rng(seed)
-    for buffer, spec in zip(problem.grads, problem.specs, strict=True):
-        values = rng.standard_normal(spec.numel) * scale
-        buffer.data[:] = emulation.encode(values if spec.grad == "fp64" else values.astype(np.float32), spec.grad)
-
-
-def mixed_specs() -> list[TensorSpec]:
-    """Every gradient format; sizes around warps, vectors and chunks; some misaligned, some empty."""
-    sizes = [0, 1, 7, 31, 32, 33, 127, 128, 129, 255, 256, 257, 4095, 4096, 4097, 9000]
-    specs = []
-    for index, (numel, grad) in enumerate((n, f) for n in sizes for f in FORMATS):
-        param = "fp64" if grad == "fp64" else "fp32"
-        specs.append(TensorSpec(numel, param, grad, grad_misalignment=index % 5, arena=int(param == "fp64")))
-    return specs
-
-
-def run_norm(library: abi.Library, problem: Problem, **options: bool) -> abi.Call:
+def run_norm(library: abi.StepLibrary, problem: Problem, **options: bool) -> abi.Call:
     call = problem.call(norm=True, **options)
     library.norm(call)
     return call
 
 
-def test_sum_of_squares_to_the_last_bit(library: abi.Library) -> None:
+def test_sum_of_squares_to_the_last_bit(each_library: abi.StepLibrary) -> None:
     problem = Problem(mixed_specs())
-    random_grads(problem)
-    run_norm(library, problem)
-    squares = expected_squares(problem)
+    problem.draw_grads()
+    run_norm(each_library, problem)
+    squares = sum_of_squares(problem)
     assert problem.norm.data["squares"][0] == squares
     assert problem.norm.data["norm"][0] == sqrt(squares)
     exact = sum(float((decoded(g.data, s.grad) ** 2).sum()) for g, s in zip(problem.grads, problem.specs, strict=True))
@@ -101,34 +50,34 @@ def test_same_bits_for_any_grid_order_and_table(library: abi.Library) -> None:
         specs = mixed_specs()
         # Empty tensors have steps, though no gradient to read: runs beyond one launch.
         problem = Problem([*specs, *[TensorSpec(0)] * empty])
-        random_grads(problem)
+        problem.draw_grads()
         run_norm(library, problem, device=device)  # type: ignore[arg-type]
         results.add(problem.norm.data["squares"][0])
     assert len(results) == 1
 
 
 @pytest.mark.parametrize(("grad", "scale"), [("fp32", 1e30), ("bf16", 1e30), ("fp64", 1e200), ("fp64", 1e-200)])
-def test_norm_neither_overflows_nor_vanishes(library: abi.Library, grad: str, scale: float) -> None:
+def test_norm_neither_overflows_nor_vanishes(each_library: abi.StepLibrary, grad: str, scale: float) -> None:
     problem = Problem([TensorSpec(5000, "fp64" if grad == "fp64" else "fp32", grad)])
-    random_grads(problem, scale=scale)
-    run_norm(library, problem)
+    problem.draw_grads(scale=scale)
+    run_norm(each_library, problem)
     values = decoded(problem.grads[0].data, grad) / scale
     assert problem.norm.data["norm"][0] / scale == pytest.approx(np.linalg.norm(values), rel=1e-13)
 
 
-def test_norm_of_doubles_of_every_magnitude(library: abi.Library) -> None:
+def test_norm_of_doubles_of_every_magnitude(each_library: abi.StepLibrary) -> None:
     """Each of the three sums, alone and beside the next; subnormals, and the largest double."""
     for values in ([1e-320], [3e-200, 4e-200], [1e-150, 1e-140], [1e-145, 1.0], [3.0, 4.0], [1e140, 1e150],
                    [1e144, 1e145], [3e300, 4e300], [1e-320, 1.0, 1e300], [1.7e308]):  # fmt: skip
         problem = Problem([TensorSpec(len(values), "fp64", "fp64")])
         problem.grads[0].data[:] = values
-        run_norm(library, problem)
+        run_norm(each_library, problem)
         largest = max(values)
         expected = largest * sqrt(sum((v / largest) ** 2 for v in values))
         assert problem.norm.data["norm"][0] == pytest.approx(expected, rel=4e-16, abs=5e-324), values
     problem = Problem([TensorSpec(4, "fp64", "fp64")])
     problem.grads[0].data[:] = 1.7e308
-    run_norm(library, problem)
+    run_norm(each_library, problem)
     assert problem.norm.data["norm"][0] == inf  # 3.4e308 is beyond double
 
 
@@ -147,12 +96,12 @@ CLIPS = [
 
 
 @pytest.mark.parametrize(("norm", "max_norm", "clip"), CLIPS)
-def test_clip_factor(library: abi.Library, norm: float, max_norm: float, clip: float) -> None:
+def test_clip_factor(each_library: abi.StepLibrary, norm: float, max_norm: float, clip: float) -> None:
     problem = Problem([TensorSpec(3), TensorSpec(300, "fp64", "fp64", arena=1)], [GroupSpec(grad_divisor=2.0)])
     problem.grads[0].data[1] = norm * 2.0 * 8.0
     problem.norm.data["max_norm"], problem.norm.data["grad_divisor"] = max_norm, 2.0
     problem.grad_scale.data[0] = 8.0
-    run_norm(library, problem, grad_scale=True)
+    run_norm(each_library, problem, grad_scale=True)
     state = problem.norm.data[0]
     np.testing.assert_equal((state["norm"], state["clip"]), (norm, clip))
     assert problem.clock.data[0].tolist() == (1, 0, 0)
@@ -161,25 +110,25 @@ def test_clip_factor(library: abi.Library, norm: float, max_norm: float, clip: f
 
 
 @pytest.mark.parametrize("value", [nan, inf, -inf])
-@pytest.mark.parametrize("grad", FORMATS)
-def test_skips_what_is_not_finite(library: abi.Library, grad: str, value: float) -> None:
+@pytest.mark.parametrize("grad", abi.FORMATS)
+def test_skips_what_is_not_finite(each_library: abi.StepLibrary, grad: str, value: float) -> None:
     param = "fp64" if grad == "fp64" else "fp32"
     problem = Problem([TensorSpec(100, param, grad), TensorSpec(5000, param, grad)])
-    random_grads(problem)
+    problem.draw_grads()
     problem.norm.data["skip_nonfinite"] = 1
-    call = run_norm(library, problem)
-    library.update(call)
+    call = run_norm(each_library, problem)
+    each_library.update(call)
     written = np.array([value], np.float64 if grad == "fp64" else np.float32)
     problem.grads[1].data[4999:] = emulation.encode(written, grad)
     changing = (problem.clock, problem.scalars, problem.norm, problem.chunk_sums)
     before = [b.raw.tobytes() for b in problem.buffers() if not any(b is other for other in changing)]
-    call = run_norm(library, problem)
-    library.update(call)
+    call = run_norm(each_library, problem)
+    each_library.update(call)
     assert [b.raw.tobytes() for b in problem.buffers() if not any(b is other for other in changing)] == before
     assert problem.clock.data[0].tolist() == (1, 1, 1)
     assert not isfinite(problem.norm.data["norm"][0])
     problem.grads[1].data[4999] = 0
-    run_norm(library, problem, tick=False)
+    run_norm(each_library, problem, tick=False)
     assert problem.clock.data[0].tolist() == (2, 0, 0)
 
 
@@ -243,26 +192,26 @@ def test_many_tensors_take_several_launches(
         assert {int(step.data["count"][0]) for step in problem.steps} == {1}
 
 
-def test_reduced_norm_takes_one_more_launch(library: abi.Library) -> None:
+def test_reduced_norm_takes_one_more_launch(each_library: abi.StepLibrary) -> None:
     problem = Problem([TensorSpec(1000), TensorSpec(10)])
-    random_grads(problem)
+    problem.draw_grads()
     problem.norm.data["max_norm"] = 0.5
-    call = run_norm(library, problem, norm_is_reduced=True)
+    call = run_norm(each_library, problem, norm_is_reduced=True)
     assert problem.clock.data["step"] == 0
     squares = problem.norm.data["squares"][0]
     problem.norm.data["squares"] *= 4.0  # as four processes with these gradients would
-    library.clock(call)
+    each_library.clock(call)
     assert call.launches == 2
     assert problem.norm.data["norm"][0] == sqrt(4.0 * squares)
     assert problem.scalars_of(1)["grad_factor"] == np.float32(0.5 / (sqrt(4.0 * squares) + 1e-6))
 
 
-def test_without_gradients(library: abi.Library) -> None:
+def test_without_gradients(each_library: abi.StepLibrary) -> None:
     for specs in ([], [TensorSpec(0), TensorSpec(0)]):
         problem = Problem(specs)
         problem.norm.data["max_norm"] = 1.0
         problem.norm.data["skip_nonfinite"] = 1
-        call = run_norm(library, problem)
+        call = run_norm(each_library, problem)
         assert call.launches == 1
         assert (problem.norm.data["norm"][0], problem.norm.data["clip"][0]) == (0.0, 1.0)
         assert problem.clock.data["step"] == 1
@@ -272,7 +221,7 @@ def history(problem: Problem, indices: Sequence[int]) -> list[list[float]]:
     return [problem.rows()[i].tolist() for i in indices]
 
 
-def test_recorder_writes_every_step(library: abi.Library) -> None:
+def test_recorder_writes_every_step(each_library: abi.StepLibrary) -> None:
     problem = Problem(
         [TensorSpec(4), TensorSpec(4, group=1)], [GroupSpec(lr=0.5), GroupSpec(lr=0.25, weight_decay=0.125)]
     )
@@ -281,8 +230,8 @@ def test_recorder_writes_every_step(library: abi.Library) -> None:
     problem.norm.data["max_norm"] = 1.0
     for step, value in enumerate((2.0, nan, 0.25)):
         problem.grads[0].data[:] = value
-        call = run_norm(library, problem)
-        library.update(call)
+        call = run_norm(each_library, problem)
+        each_library.update(call)
         assert problem.history.data["count"] == step + 1
     np.testing.assert_equal(
         history(problem, range(4)),
@@ -293,40 +242,40 @@ def test_recorder_writes_every_step(library: abi.Library) -> None:
             [0.0] * 8,
         ],
     )
-    library.clock(problem.call())  # without a norm
+    each_library.clock(problem.call())  # without a norm
     np.testing.assert_equal(history(problem, [3]), [[3.0, nan, 1.0, 0.0, 0.5, 0.01, 0.25, 0.125]])
 
 
-def test_recorder_wraps_around(library: abi.Library) -> None:
+def test_recorder_wraps_around(each_library: abi.StepLibrary) -> None:
     problem = Problem([TensorSpec(1)])
     problem.record_history()
     problem.history.data["count"] = abi.HISTORY_LENGTH - 1
     problem.clock.data["step"] = 10_000
     for _ in range(2):
-        library.clock(problem.call())
+        each_library.clock(problem.call())
     assert problem.history.data["count"] == abi.HISTORY_LENGTH + 1
     assert [row[0] for row in history(problem, [-1, 0, 1])] == [10_001.0, 10_002.0, 0.0]
 
 
-def test_recorder_has_one_row_for_a_round(library: abi.Library) -> None:
+def test_recorder_has_one_row_for_a_round(each_library: abi.StepLibrary) -> None:
     """Calls that do not tick are further parts of one update: the row says what those that were applied used."""
     problem = Problem([TensorSpec(1)])
     problem.record_history()
-    library.clock(problem.call(tick=False))  # before any round: nowhere to write
+    each_library.clock(problem.call(tick=False))  # before any round: nowhere to write
     assert problem.history.data["count"] == 0
     assert not problem.rows().any()
     for found_inf, tick in ((1.0, True), (0.0, False), (1.0, False)):
         problem.found_inf.data[0] = found_inf
-        library.clock(problem.call(tick=tick, found_inf=True))
+        each_library.clock(problem.call(tick=tick, found_inf=True))
     assert problem.history.data["count"] == 1
     np.testing.assert_equal(history(problem, [0]), [[1.0, nan, 1.0, 0.0, 1e-3, 0.01]])
 
 
-def test_recorder_of_more_groups_than_the_call_knows(library: abi.Library) -> None:
+def test_recorder_of_more_groups_than_the_call_knows(each_library: abi.StepLibrary) -> None:
     """A graph captured before a group was added goes on; the new group's columns hold nothing."""
     problem = Problem([TensorSpec(1)], [GroupSpec(lr=0.5), GroupSpec(lr=0.25)])
     problem.record_history(num_groups=200)
-    library.clock(problem.call())
+    each_library.clock(problem.call())
     row = problem.rows()[0]
     assert row[4:8].tolist() == [0.5, 0.01, 0.25, 0.01]
     assert all(isnan(value) for value in row[8:])
@@ -334,33 +283,33 @@ def test_recorder_of_more_groups_than_the_call_knows(library: abi.Library) -> No
         buffer.assert_sentinels()
 
 
-def test_norm_needs_its_memory(library: abi.Library) -> None:
+def test_norm_needs_its_memory(each_library: abi.StepLibrary) -> None:
     problem = Problem([TensorSpec(1)])
     call = problem.call()
     with pytest.raises(abi.BackendError, match="`norm` is null"):
-        library.norm(call)
+        each_library.norm(call)
     call = problem.call(norm=True)
     call.chunk_sums = 0
     with pytest.raises(abi.BackendError, match="`chunk_sums`, got null"):
-        library.norm(call)
+        each_library.norm(call)
     assert problem.clock.data["step"] == 0
 
 
-def test_update_is_clipped_as_a_smaller_gradient_would_be(library: abi.Library) -> None:
+def test_update_is_clipped_as_a_smaller_gradient_would_be(each_library: abi.StepLibrary) -> None:
     """max_norm half of the norm, less 1e-6: the factor is 1/2 but for a rounding, and so is every gradient."""
     specs = [TensorSpec(100), TensorSpec(33, "bf16", "fp32", "fp32"), TensorSpec(9, "fp64", "fp64", arena=1)]
     specs[1] = replace(specs[1], arena=2)
     clipped, halved = Problem(specs), Problem(specs)
     for problem in (clipped, halved):
-        random_grads(problem)
-    norm = sqrt(expected_squares(clipped))
+        problem.draw_grads()
+    norm = sqrt(sum_of_squares(clipped))
     clipped.norm.data["max_norm"] = (norm + 1e-6) / 2
     for grad in halved.grads:
         grad.data[:] = grad.data * 0.5
     for problem, norm_wanted in ((clipped, True), (halved, False)):
         call = problem.call(norm=norm_wanted)
-        (library.norm if norm_wanted else library.clock)(call)
-        library.update(call)
+        (each_library.norm if norm_wanted else each_library.clock)(call)
+        each_library.update(call)
     assert clipped.norm.data["clip"][0] == pytest.approx(0.5, rel=1e-15)
     for i in range(3):
         for slot, values in clipped.state(i).items():

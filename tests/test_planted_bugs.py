@@ -1,6 +1,6 @@
-"""Bugs planted in a copy of the CUDA sources, each of which the kernels' tests must notice.
+"""Bugs planted in a copy of the C++ and CUDA sources, each of which the tests that need no torch must notice.
 
-A test that has never failed proves little. Two minutes of compiling, so only on request:
+A test that has never failed proves little. Minutes of compiling, so only on request:
 
     FUSED_SCHED_PLANTED_BUGS=1 python -m pytest tests/test_planted_bugs.py
 """
@@ -24,6 +24,7 @@ TESTS = Path(__file__).resolve().parent
 UPDATE, CLOCK, LAUNCH = "cuda/update_kernel.cuh", "cuda/clock_kernel.cuh", "cuda/launch.cu"
 NORM, LAUNCH_CLOCK = "cuda/norm_kernel.cuh", "cuda/launch_clock.cu"
 INSTANCE = "cuda/update_instance.cuh"
+TILES, BLOCKS, POOL, NORM_TILES = "cpu/update_tile.cpp", "cpu/block_avx512.h", "cpu/parallel.cpp", "cpu/norm_tile.cpp"
 
 # What is wrong: (file, text, its replacement, which sanitizer is needed to see it, if any).
 BUGS = {
@@ -98,12 +99,61 @@ BUGS = {
     ),
     "large doubles not scaled": ("core/norm.h", "? element * kShrink : 0.0", "? element : 0.0", ""),
     "not finite, and not skipped": (CLOCK, "norm != nullptr && refuses_step(*norm)", "false", ""),
+    "block past the end": (BLOCKS, "run.count / kBlock * kBlock", "(run.count + kBlock - 1) / kBlock * kBlock", ""),
+    "block with a NaN stored": (
+        BLOCKS,
+        "if (!encoded || _mm512_cmp_ps_mask(zero, zero, _CMP_UNORD_Q))",
+        "if (!encoded)",
+        "",
+    ),
+    "block of codes of a NaN updated": (
+        BLOCKS,
+        "if (!Moments::load(run, at, first, second)) return false;",
+        "Moments::load(run, at, first, second);",
+        "",
+    ),
+    "last group read to its end": (
+        TILES,
+        "const bool has_tail = count > place.count;",
+        "const bool has_tail = false;",
+        "address",
+    ),
+    "tile past the end": (TILES, "end - first < kTile ? end - first : kTile};", "kTile};", ""),
+    "random bits of the run's first element": (
+        TILES,
+        "return run.first + static_cast<uint32_t>(first);",
+        "return run.first;",
+        "",
+    ),
+    "row of the norm past the end": (
+        NORM_TILES,
+        "  add_row<Codec>(stored + first, static_cast<int>(count - first), middle);",
+        "  add_row<Codec>(stored + first, kCount, middle);",
+        "address",
+    ),
+    "chunks of a tensor's later units overwritten": ("cpu/work_units.h", "chunk + first / chunk_length}", "chunk}", ""),
+    "state of a run's beginning": ("cpu/step.cpp", "tensor.state_offset + first;", "tensor.state_offset;", ""),
+    "workers not waited for": (POOL, "    done_.wait(lock, [this] { return running_ == 0; });\n", "", "thread"),
+    "workers count down at once": (
+        POOL,
+        "      std::lock_guard<std::mutex> lock(mutex_);\n      if (--running_",
+        "      if (--running_",
+        "thread",
+    ),
+    "two callers in the pool": (
+        POOL,
+        " && pool_mutex.try_lock()) {\n    std::lock_guard<std::mutex> lock(pool_mutex, std::adopt_lock);\n",
+        ") {\n",
+        "thread",
+    ),
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_noticed(bug: str, tmp_path: Path) -> None:
     file, text, replacement, sanitizer = BUGS[bug]
+    if file == BLOCKS and "avx512bw" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this machine has no AVX-512")
     csrc = tmp_path / "csrc"
     shutil.copytree(build.CSRC, csrc)
     source = (csrc / file).read_text()
@@ -113,11 +163,13 @@ def test_planted_bug_is_noticed(bug: str, tmp_path: Path) -> None:
     environment = build.sanitizer_environment(sanitizer) if sanitizer else dict(os.environ)
     environment |= {"FUSED_SCHED_TEST_CSRC": str(csrc), "PYTHONPATH": str(TESTS)}
     files = "test_clock_kernel.py test_metric_kernel.py test_kernels.py test_norm_kernel.py"
+    if file.startswith("cpu/"):
+        files = "test_cpu_library.py"
     command = f"-m pytest -o addopts= --noconftest -p no:cacheprovider -s -x -q {files}"
     result = subprocess.run(
         [sys.executable, *command.split()], env=environment, cwd=TESTS, capture_output=True, text=True, timeout=300
     )
-    shutil.rmtree(build.library(sanitizer, csrc).parent)
+    shutil.rmtree(tmp_path / "build")
     output = result.stdout + result.stderr
     assert (result.returncode == 0) == (bug == "none"), output[-3000:]
     if sanitizer == "thread":

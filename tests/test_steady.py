@@ -135,6 +135,10 @@ class Tagged(torch.Tensor):
     pass
 
 
+class Named(torch.nn.Parameter):
+    pass
+
+
 def first_grad(watched: Watched) -> torch.Tensor:
     grad = watched.params[0].grad
     assert grad is not None
@@ -176,14 +180,14 @@ def gain_a_main_grad(watched: Watched) -> None:
     watched.params[3].main_grad = torch.ones(1, device=watched.params[3].device)  # type: ignore[attr-defined]
 
 
-def give_a_main_grad_of_another_dtype(watched: Watched) -> None:
-    watched.params[2].grad = None
-    watched.params[2].main_grad = torch.ones(4, device=watched.params[2].device)  # type: ignore[attr-defined]
+def exchange_for_main_grad(index: int, dtype: torch.dtype, *shape: int) -> Callable[[Watched], None]:
+    def change(watched: Watched) -> None:
+        param = watched.params[index]
+        param.grad = None
+        param.main_grad = torch.ones(shape, dtype=dtype, device=param.device)  # type: ignore[attr-defined]
 
-
-def give_a_main_grad_of_another_shape(watched: Watched) -> None:
-    watched.params[2].grad = None
-    watched.params[2].main_grad = torch.ones(5, device=watched.params[2].device)  # type: ignore[attr-defined]
+    change.__name__ = f"exchange_for_main_grad_{index}_{dtype}_{shape}"
+    return change
 
 
 def give_a_main_grad_that_is_no_tensor(watched: Watched) -> None:
@@ -212,6 +216,10 @@ def give_a_sparse_gradient(watched: Watched) -> None:
 
 def give_a_gradient_of_a_subclass(watched: Watched) -> None:
     watched.params[0].grad = first_grad(watched).as_subclass(Tagged)
+
+
+def make_a_parameter_one_of_a_subclass(watched: Watched) -> None:
+    watched.params[0].__class__ = Named
 
 
 def replace_a_moment(watched: Watched) -> None:
@@ -249,6 +257,10 @@ def reverse_the_groups(watched: Watched) -> None:
     watched.optimizer.param_groups.reverse()
 
 
+def remove_a_group(watched: Watched) -> None:
+    del watched.optimizer.param_groups[1]
+
+
 def add_a_group(watched: Watched) -> None:
     extra = torch.nn.Parameter(torch.ones(2, device=watched.params[0].device))
     extra.grad = torch.ones_like(extra)
@@ -269,8 +281,11 @@ CHANGES = [
     freeze_a_parameter,
     gain_a_gradient,
     gain_a_main_grad,
-    give_a_main_grad_of_another_dtype,
-    give_a_main_grad_of_another_shape,
+    exchange_for_main_grad(2, torch.float32, 4),  # another kind of number and another width,
+    exchange_for_main_grad(2, torch.float16, 4),  # only another kind,
+    exchange_for_main_grad(1, torch.float16, 3),  # only another width
+    exchange_for_main_grad(2, torch.bfloat16, 5),
+    exchange_for_main_grad(2, torch.bfloat16, 4, 1),
     give_a_main_grad_that_is_no_tensor,
     transpose_a_gradient,
     expand_a_gradient,
@@ -278,6 +293,7 @@ CHANGES = [
     give_a_zero_tensor,
     give_a_sparse_gradient,
     give_a_gradient_of_a_subclass,
+    make_a_parameter_one_of_a_subclass,
     replace_a_moment,
     point_a_moment_elsewhere,
     point_a_count_elsewhere_through_a_copy_of_the_dict,
@@ -286,6 +302,7 @@ CHANGES = [
     exchange_parameters,
     replace_the_groups,
     reverse_the_groups,
+    remove_a_group,
     add_a_group,
     keep_the_largest_second_moment,
 ]
@@ -353,6 +370,22 @@ def test_a_gradient_that_stays_is_known_only_where_it_is(compiled: Backend) -> N
         for _ in range(3):
             watched.optimizer.step()
         first_grad(watched).data = torch._neg_view(torch.full_like(first_grad(watched), 3.0))
+        watched.optimizer.step()
+    assert ours.close_looks == 2
+    assert_same(snapshot(ours.optimizer), snapshot(plain.optimizer))
+
+
+@needs_exchange_api
+def test_a_gradient_at_the_address_of_one_that_was_known_is_another(compiled: Backend) -> None:
+    ours, plain = pair(compiled)
+    for watched in (ours, plain):
+        for _ in range(3):
+            watched.optimizer.step()
+        address, same_memory, others = id(first_grad(watched)), first_grad(watched).detach(), []
+        watched.params[0].grad = None
+        while id(negated := torch._neg_view(same_memory)) != address and len(others) < 1000:
+            others.append(negated)
+        watched.params[0].grad = negated
         watched.optimizer.step()
     assert ours.close_looks == 2
     assert_same(snapshot(ours.optimizer), snapshot(plain.optimizer))

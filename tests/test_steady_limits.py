@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import assert_same, snapshot
 from conftest import Backend
-from test_steady import Watched, first_grad, needs_exchange_api, pair
+from test_steady import Named, Watched, first_grad, needs_exchange_api, pair
 
 from fused_sched import FusedScheduledAdam, steady
 
@@ -22,9 +22,6 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
 
 def test_parameters_of_a_subclass_are_left_to_the_close_look(compiled: Backend) -> None:
-    class Named(torch.nn.Parameter):
-        pass
-
     named, plain = Named(torch.ones(3, device=compiled.device)), compiled.parameter([1.0, 1.0, 1.0])
     for param in (named, plain):
         optimizer = compiled.optimizer([param], lr=0.5)
@@ -56,6 +53,19 @@ def test_copied_gradients_are_left_to_the_close_look(compiled: Backend) -> None:
         plain.grad = torch.tensor([[sign, -sign], [sign, sign]], device=plain.device).t().contiguous()
         beside.step()
     assert torch.equal(param, plain)
+
+
+@needs_exchange_api
+def test_a_group_without_parameters_gets_one(compiled: Backend) -> None:
+    first, second = compiled.parameter([1.0]), compiled.parameter([1.0])
+    optimizer = compiled.optimizer([{"params": [first]}, {"params": []}], lr=0.5, eps=0.0)
+    for param in (first, second):
+        param.grad = torch.ones_like(param)
+    for _ in range(3):
+        optimizer.step()
+    optimizer.param_groups[1]["params"].append(second)
+    optimizer.step()
+    assert second.item() == 0.5
 
 
 # ---- what it must not do -----------------------------------------------------------------------------

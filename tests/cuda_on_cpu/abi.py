@@ -7,6 +7,7 @@ them with what the binding reports.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -139,12 +140,11 @@ class BackendError(Exception):
     """What a function of csrc/step.h wrote into `error`."""
 
 
-class Library:
-    """The functions of csrc/step.h, and the settings of tests/cuda_on_cpu/cuda_on_cpu.cpp."""
+class StepLibrary:
+    """The functions of csrc/step.h."""
 
     def __init__(self, path: Path) -> None:
         self.functions = ctypes.CDLL(str(path))
-        self.functions.cuda_on_cpu_stream.restype = ctypes.c_uint64
 
     def norm(self, call: Call) -> None:
         self._run(self.functions.fs_norm, ctypes.byref(call))
@@ -167,6 +167,22 @@ class Library:
         error = ctypes.create_string_buffer(512)
         if function(argument, error) != 0:
             raise BackendError(error.value.decode())
+
+
+class CpuLibrary(StepLibrary):
+    """The CPU backend, and what tests/cuda_on_cpu/cpu_exports.cpp adds to it."""
+
+    def each_of(self, instruction_sets: Iterable[str]) -> Iterator[str]:
+        """Those that this machine has, each chosen until the next."""
+        return (name for name in instruction_sets if self.functions.cpu_set_instruction_set(name.encode()))
+
+
+class Library(StepLibrary):
+    """The CUDA backend, and the settings of tests/cuda_on_cpu/cuda_on_cpu.cpp."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.functions.cuda_on_cpu_stream.restype = ctypes.c_uint64
 
     def set_machine(self, num_devices: int = 2, num_sms: int = 2, blocks_per_sm: int = 2) -> None:
         self.functions.cuda_on_cpu_set_machine(num_devices, num_sms, blocks_per_sm)

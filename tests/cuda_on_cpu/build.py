@@ -2,6 +2,7 @@
 
     library()                 the C ABI of csrc/step.h, for ctypes: no pybind11, no torch
     library("address")        the same under AddressSanitizer and UndefinedBehaviorSanitizer; "thread": ThreadSanitizer
+    cpu_library()             the same two of the CPU backend, with its own flags
     load()                    the Python module `_cuda_on_cpu`, a backend of the package like `_cuda`
 
 A library built with a sanitizer only loads where the sanitizer was there first: see `sanitizer_environment`.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -23,27 +25,51 @@ from types import ModuleType
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
-CACHE = ROOT / "build" / "cuda_on_cpu"
+
+sys.path.append(str(ROOT))
+from build_tools.ninja_file import CPP_FLAGS, ISA_SOURCES, OTHER_ISA_FLAGS, X86_ISA_FLAGS  # noqa: E402
 
 COMPILER = os.environ.get("CXX", "g++")
 # -ffp-contract=off: the same bits as the GPU. Host FMA where there is one, else libm's, which is slow and right.
 FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
 SANITIZER_FLAGS = {
     "": [],
-    # FS_CUDA_ON_CPU's kernels are small; -O1 keeps the sanitized build under ten seconds.
+    # -O1 keeps each sanitized build under ten seconds.
     "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-O1", "-fsanitize=thread"],
 }
 SANITIZER_LIBRARIES = {"address": ["libasan.so", "libubsan.so"], "thread": ["libtsan.so"]}
 
+# The CPU backend's loops as they are shipped, but for symbols that ctypes finds; a sanitizer's -O1 comes last.
+CPU_FLAGS = [*CPP_FLAGS, "-g1", "-fvisibility=default"]
+ISA_FLAGS = X86_ISA_FLAGS if platform.machine() == "x86_64" else OTHER_ISA_FLAGS
+
 
 def library(sanitizer: str = "", csrc: Path = CSRC) -> Path:
     """The shared library of the CUDA backend; `csrc`: another copy of the sources, for planted bugs."""
     flags = [*FLAGS, *SANITIZER_FLAGS[sanitizer]]
-    folder = CACHE / key(csrc, flags)
+    folder = cache(csrc, flags, KERNEL_FILES)
     target = folder / "libcuda_on_cpu.so"
     if not target.exists():
         link(compile_kernels(csrc, flags, sanitizer, folder), target, SANITIZER_FLAGS[sanitizer])
+    return target
+
+
+def cpu_library(sanitizer: str = "", csrc: Path = CSRC) -> Path:
+    """The shared library of the CPU backend."""
+    flags = [*CPU_FLAGS, *SANITIZER_FLAGS[sanitizer]]
+    folder = cache(csrc, [*flags, str(ISA_FLAGS)], CPU_FILES)
+    target = folder / "libcpu.so"
+    if not target.exists():
+        compiler = [COMPILER, *flags, f"-I{csrc}", "-c"]
+        commands = {}
+        for source in [*sorted((csrc / "cpu").glob("*.cpp")), HERE / "cpu_exports.cpp"]:
+            if source.name not in ISA_SOURCES:
+                commands[f"{source.stem}.o"] = [*compiler, str(source)]
+                continue
+            for isa, isa_flags in ISA_FLAGS.items():
+                commands[f"{source.stem}.{isa}.o"] = [*compiler, *isa_flags, f"-DFS_ISA={isa}", str(source)]
+        link(compile_all(commands, folder), target, SANITIZER_FLAGS[sanitizer])
     return target
 
 
@@ -55,7 +81,7 @@ def load() -> ModuleType:
     name = "_cuda_on_cpu"
     if name in sys.modules:
         return sys.modules[name]
-    folder = CACHE / key(CSRC, [*FLAGS, sys.version])
+    folder = cache(CSRC, [*FLAGS, sys.version], KERNEL_FILES)
     target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not target.exists():
         if shutil.which(COMPILER) is None:
@@ -94,16 +120,20 @@ def sanitizer_environment(sanitizer: str) -> dict[str, str]:
 
 
 def compile_kernels(csrc: Path, flags: list[str], sanitizer: str, folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
     common = [COMPILER, "-DFS_CUDA_ON_CPU", f"-I{HERE}"]
     scheduler_flags = [*FLAGS, *(["-DFS_THREAD_SANITIZER"] if sanitizer == "thread" else [])]
     commands = [[*common, *scheduler_flags, "-c", str(HERE / "cuda_on_cpu.cpp")]]
     kernel_flags = [*flags, "-Wno-unknown-pragmas", "-x", "c++", "-c"]
     commands += [[*common, *kernel_flags, str(source)] for source in sorted((csrc / "cuda").glob("*.cu"))]
-    objects = [folder / f"{Path(command[-1]).stem}.o" for command in commands]
+    return compile_all({f"{Path(command[-1]).stem}.o": command for command in commands}, folder)
+
+
+def compile_all(commands: dict[str, list[str]], folder: Path) -> list[Path]:
+    """Objects by their names, side by side."""
+    folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(run, ([*c, "-o", str(o)] for c, o in zip(commands, objects, strict=True))))
-    return objects
+        list(pool.map(run, ([*command, "-o", str(folder / name)] for name, command in commands.items())))
+    return [folder / name for name in commands]
 
 
 def link(objects: list[Path], target: Path, flags: list[str]) -> None:
@@ -113,12 +143,18 @@ def link(objects: list[Path], target: Path, flags: list[str]) -> None:
     partial.rename(target)
 
 
-def key(csrc: Path, flags: list[str]) -> str:
+# What each backend is made of.
+KERNEL_FILES = ("**/*.h", "**/*.cu*", "*.cpp")
+CPU_FILES = ("**/*.h", "cpu/*.cpp")
+
+
+def cache(csrc: Path, flags: list[str], files: tuple[str, ...]) -> Path:
+    """The folder of what these flags make of these files, beside the sources."""
     digest = hashlib.sha256("\0".join([COMPILER, *flags]).encode())
-    for path in sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cu*"), *csrc.glob("*.cpp"), *HERE.glob("*.[hcp]*")]):
+    for path in sorted([*(path for pattern in files for path in csrc.glob(pattern)), *HERE.glob("*.[hcp]*")]):
         digest.update(str(path.relative_to(csrc) if csrc in path.parents else path.name).encode())
         digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return csrc.parent / "build" / "cuda_on_cpu" / digest.hexdigest()[:16]
 
 
 def run(command: list[str]) -> str:

@@ -186,7 +186,7 @@ def update(
             weight = np.where(unedited, stored["master"], weight)
         elif master in ("split16", "split8"):
             weight = join(stored["param"], stored["master"])
-        g = decode(stored["grad"], grad_name) * scalars["grad_factor"]
+        g = decode(stored["grad"], grad_name).astype(weight.dtype) * scalars["grad_factor"]
         if flags & abi.L2_DECAY:
             g = fma(scalars["decay"], weight, g)
         w = fma(-scalars["decay"], weight, weight) if flags & abi.DECOUPLED_DECAY else weight

@@ -167,6 +167,10 @@ class Problem:
     def snapshot(self) -> list[bytes]:
         return [buffer.raw.tobytes() for buffer in self.buffers()]
 
+    def restore(self, snapshot: list[bytes]) -> None:
+        for buffer, raw in zip(self.buffers(), snapshot, strict=True):
+            buffer.raw[:] = np.frombuffer(raw, np.uint8)
+
     def state(self, index: int) -> dict[str, npt.NDArray[np.generic]]:
         """The padded state of one tensor, as views."""
         offset = self.offsets[index]
@@ -182,8 +186,15 @@ class Problem:
         dtype = abi.SCALARS[self.specs[index].compute]
         return self.scalars.data[begin : begin + dtype.itemsize].view(dtype)[0]
 
-    def randomize(self, rng: np.random.Generator) -> None:
-        """Plausible values, with zeros, subnormals, huge values, infinities and NaNs among them."""
+    def draw_grads(self, seed: int = 0, scale: float = 1.0) -> None:
+        """Finite gradients."""
+        rng = np.random.default_rng(seed)
+        for buffer, spec in zip(self.grads, self.specs, strict=True):
+            values = rng.standard_normal(spec.numel) * scale
+            buffer.data[:] = emulation.encode(values if spec.grad == "fp64" else values.astype(np.float32), spec.grad)
+
+    def randomize(self, rng: np.random.Generator, special: float = 0.05) -> None:
+        """Plausible values; a share of them zeros, subnormals, huge values, infinities and NaNs."""
         for index, spec in enumerate(self.specs):
             state = self.state(index)
             n = spec.numel
@@ -191,9 +202,9 @@ class Problem:
 
             def draw(n: int = n, kind: np.dtype = kind) -> npt.NDArray[np.floating]:
                 values = rng.standard_normal(n) * 10.0 ** rng.integers(-6, 2, n)
-                special = np.array([0.0, -0.0, 1e-40, 6e-8, 65519.0, 3e38, np.inf, -np.inf, np.nan])
-                chosen = rng.random(n) < 0.05
-                return np.where(chosen, rng.choice(special, n), values).astype(kind)
+                odd = np.array([0.0, -0.0, 1e-40, 6e-8, 65519.0, 3e38, np.inf, -np.inf, np.nan])
+                chosen = rng.random(n) < special
+                return np.where(chosen, rng.choice(odd, n), values).astype(kind)
 
             with np.errstate(over="ignore"):
                 param = draw()
@@ -218,7 +229,7 @@ class Problem:
                 state["master"][:n] = np.where(np.arange(n) % 8 == 3, param * np.float32(0.75), param)
             elif "master" in state:
                 # A remainder that no float leaves beside a zero or an infinity.
-                edited = np.arange(n) % 8 == 3
+                edited = rng.random(n) < special
                 self.params[index].data[edited] = np.resize([0, 0x8000, 0x7F80], np.count_nonzero(edited))
 
     def record_history(self, num_groups: int | None = None) -> None:
@@ -240,6 +251,7 @@ class Problem:
         device: int = 0,
         norm: bool = False,
         norm_is_reduced: bool = False,
+        num_threads: int = 0,
     ) -> abi.Call:
         self.tensor_table = np.zeros(len(self.specs), abi.TENSOR)
         for row, spec, param, grad, step, offset in zip(
@@ -273,4 +285,5 @@ class Problem:
             norm_is_reduced=norm_is_reduced,
             tick=tick,
             device=device,
+            num_threads=num_threads,
         )
