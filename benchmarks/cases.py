@@ -146,7 +146,7 @@ def _many_tensors(device: str, from_memory: int) -> Iterator[Case]:
     yield Case("host", "300 tensors with moved gradients", fp32, small, moves_grads=True)
     yield Case("host", "300 tensors clip and step", fp32, small, clips=True)
     yield Case("host", "1000 tensors", fp32, shapes.even(1000, 64))
-    # Thirty steps a sample: after some other's step nothing of ours is in the caches. One thread: it is the host's time.
+    # Thirty steps a sample: after another's step nothing of ours is in the caches. One thread: it is the host's time.
     tail = Case("host", "1000 tensors tail", fp32, shapes.even(1000, 64), clips=True, schedules=True, burst=30)
     yield replace(tail, num_threads=1 if device == "cpu" else None)
     for num_groups in (1, 16, 465):
