@@ -50,13 +50,20 @@ def patterns(numel: int, dtype: torch.dtype, seed: int, special: bool) -> torch.
 
 
 def steps_of(
-    backend: Backend, dtype: str, master: str, moments: str, grad: str, special: bool, **options: object
+    backend: Backend,
+    dtype: str,
+    master: str,
+    moments: str,
+    grad: str,
+    special: bool,
+    numel: int = NUMEL,
+    **options: object,
 ) -> dict[str, torch.Tensor]:
-    param = torch.nn.Parameter(patterns(NUMEL, NAMES[dtype], 1, special=False))
+    param = torch.nn.Parameter(patterns(numel, NAMES[dtype], 1, special=False))
     optimizer = backend.optimizer([param], lr=1e-2, master=master, moments=moments, seed=3, **options)
     states = {}
     for step in range(3):
-        set_grad(param, patterns(NUMEL, NAMES[grad], 10 + step, special and step == 1))
+        set_grad(param, patterns(numel, NAMES[grad], 10 + step, special and step == 1))
         optimizer.step()
         states |= {f"{step}.{key}": value for key, value in snapshot(optimizer).items()}
     return states
@@ -82,6 +89,15 @@ def test_values_of_every_kind(
     backend = get_backend("cpu")
     for grad, special in product(NAMES, (False, True)):
         compare(instruction_sets, lambda: steps_of(backend, dtype, master, moments, grad, special))  # noqa: B023
+
+
+def test_more_than_caches_hold(instruction_sets: tuple[str, ...], get_backend: Callable[[str], Backend]) -> None:
+    """From 2^22 elements on blocks ask for memory ahead."""
+    backend = get_backend("cpu")
+    sets = instruction_sets[:-1]  # the last one, without fused multiply-adds, would take seconds
+    if len(sets) < 2:
+        pytest.skip("one instruction set")
+    compare(sets, lambda: steps_of(backend, "bf16", "split8", "8bit", "fp32", special=True, numel=(1 << 22) + 45))
 
 
 @pytest.mark.parametrize("moments", ["bf16", "8bit"])

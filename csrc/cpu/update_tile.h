@@ -25,6 +25,7 @@ struct fs_run {
   int32_t grad_format;
   int32_t master_format;
   int32_t moments_format;
+  int32_t from_memory;  // its streams are more than caches hold: they are asked for ahead
 };
 
 typedef void (*fs_update_run)(const struct fs_run* run);
