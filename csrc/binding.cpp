@@ -188,7 +188,8 @@ PYBIND11_MODULE(FS_MODULE, module) {
            py::arg("parameter_type"), py::arg("is_neg"))
       .def("remember", &TensorWatch::remember, py::arg("groups"), py::arg("rows"))
       .def("add_state", &TensorWatch::add_state, py::arg("tensor"), py::arg("address"))
-      .def("repeats", &TensorWatch::repeats, py::arg("groups"));
+      .def("repeats", &TensorWatch::repeats, py::arg("groups"))
+      .def("release", &TensorWatch::release);
 
   module.def("norm", [](fs_call& call) { run([&](char* error) { return fs_norm(&call, error); }); });
   module.def("num_norm_chunks", [](const fs_call& call) { return num_norm_chunks(call); });

@@ -24,7 +24,7 @@ class DefaultFloatEnvironment {
  private:
   static constexpr unsigned kDefault = 0x1f80;  // all exceptions masked, to nearest, subnormals kept
 
-  // The compiler moves no access to memory, hence nothing that is computed from it, across this.
+  // The compiler moves no access to memory across this, hence nothing that is computed from what is loaded afterwards.
   static void set(unsigned state) {
     asm volatile("" ::: "memory");
     _mm_setcsr(state);

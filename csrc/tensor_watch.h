@@ -86,7 +86,17 @@ class TensorWatch {
   }
 
   // Whether these groups hold what was remembered, all where it was but the gradients, whose addresses the rows get.
+  // They are then held until release(): hooks, and other threads while the kernels run, may drop them.
   bool repeats(const py::list& groups) {
+    const bool repeated = compare(groups);
+    if (!repeated) release();
+    return repeated;
+  }
+
+  void release() { held_.clear(); }
+
+ private:
+  bool compare(const py::list& groups) {
     if (groups.size() != groups_.size()) return false;
     size_t index = 0;
     for (size_t i = 0; i < groups_.size() && i < groups.size(); ++i) {
@@ -105,7 +115,6 @@ class TensorWatch {
     return state_stays() || forgive();
   }
 
- private:
   struct Group {
     PyObject* dict;
     Py_ssize_t num_params;
@@ -222,7 +231,7 @@ class TensorWatch {
   bool stays(Watched& watched) {
     const py::object param = py::reinterpret_borrow<py::object>(watched.param);
     if (!is_plain_param(watched.param)) return false;
-    const py::object grad = gradient_of(watched.param);
+    py::object grad = gradient_of(watched.param);
     if (watched.row == nullptr) return !grad && PyErr_Occurred() == nullptr;
     if (!grad || !is_plain_tensor(grad.ptr())) return false;
     DLTensor tensor;
@@ -233,6 +242,7 @@ class TensorWatch {
     if (!describe(grad.ptr(), tensor) || !looks_alike(tensor, watched, watched.grad_view)) return false;
     if (!is_known(grad, tensor.data, watched)) return false;
     watched.row->grad = reinterpret_cast<uint64_t>(tensor.data);
+    held_.push_back(std::move(grad));
     return true;
   }
 
@@ -273,6 +283,7 @@ class TensorWatch {
   std::vector<Group> groups_;
   std::vector<Watched> tensors_;
   std::vector<int64_t> dimensions_;  // shapes and strides
+  std::vector<py::object> held_;     // gradients of the step that is going on
   std::unordered_map<PyObject*, State> state_;
 };
 

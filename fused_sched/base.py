@@ -273,7 +273,9 @@ class OptimizerBase(StepTail):
         if attaches and any("lr" in record.schedules for record in self._records):
             for record in self._records:
                 record.undo_scheduler()
-            raise RuntimeError(f"{SECOND_SCHEDULER}. The groups' options are those of the latest step again")
+            raise RuntimeError(
+                f"{SECOND_SCHEDULER}. lr and betas of the groups are again what they were when last read"
+            )
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def export(optimizer: FusedScheduledAdam, portable: bool) -> dict[str, Any]:
 
 def _plain(option: Any) -> Any:
     """An option without NumPy's scalars, which `torch.load(weights_only=True)` refuses."""
-    if isinstance(option, (tuple, list)):
+    if type(option) in (tuple, list):
         return type(option)(map(_plain, option))
     return option.item() if isinstance(option, np.generic) else option
 
@@ -288,4 +288,5 @@ def _take_state(
         taken.append(param)
         layouts.append(arena.Layout.of(param, group_of[id(param)]))
     states.ensure(optimizer.state, taken, layouts)
-    optimizer.state.changed = False
+    # Of parameters that an engine has hidden, what was written waits.
+    optimizer.state.changed = any(s.changed for s in optimizer.state.values() if isinstance(s, states.ParamState))

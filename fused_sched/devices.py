@@ -71,6 +71,12 @@ class Devices:
     def first(self) -> Engine | None:
         return next(iter(self.engines.values()), None)
 
+    def _is_prepared(self, state: states.StateMap, options: Sequence[Mapping[str, Any]] | None) -> bool:
+        """Whether the tables still hold for this state and, if given, these options."""
+        if state.changed or state.memory is not self._prepared_memory:
+            return False
+        return options is None or _layout_options(options) == self._prepared_options
+
     def steady_call(
         self, state: states.StateMap, groups: Sequence[dict[str, Any]], options: Sequence[Mapping[str, Any]] | None
     ) -> SteadyCall | None:
@@ -79,9 +85,7 @@ class Devices:
         options: of all groups; None: those of the last step.
         """
         steady = self._steady
-        if steady is None or state.changed or state.memory is not self._prepared_memory:
-            return None
-        if options and _layout_options(options) != self._prepared_options:
+        if steady is None or not self._is_prepared(state, options):
             return None
         if state.shown:
             steady.add_state(state.take_shown())
@@ -89,16 +93,17 @@ class Devices:
 
     def rebind(self, state: states.StateMap, call: Call, options: Sequence[Mapping[str, Any]]) -> bool:
         """Prepare for a call like the last one; False if its tensors must be laid out anew."""
-        if state.changed or state.memory is not self._prepared_memory:
-            return False
-        if _key(call) != self._prepared_for or _layout_options(options) != self._prepared_options:
+        if _key(call) != self._prepared_for or not self._is_prepared(state, options):
             return False
         return all(engine.rebind([call.grads[i] for i in indices]) for engine, indices in self._routes)
 
     def watch(self, state: states.StateMap, call: Call, groups: Sequence[dict[str, Any]]) -> SteadyCall:
         """Have repeats of the call, for which everything has just been prepared, recognised by the compiled pass."""
         addresses = [0] * sum(len(group["params"]) for group in groups)  # of rows of the tables; 0: no gradient
-        plain = call.params is call.owners
+        # The table is made for these gradients; compiled code may hand over others than the parameters show.
+        plain = call.params is call.owners and all(
+            packing.gradient_of(p) is g for p, g in zip(call.owners, call.grads, strict=True)
+        )
         for engine, indices in self._routes:
             rows = engine.row_addresses
             plain = plain and rows is not None
@@ -172,11 +177,12 @@ class Devices:
         grad_scale: torch.Tensor | None,
         norm_reduce_hook: Callable[[torch.Tensor], object] | None = None,
     ) -> None:
-        """Apply the prepared call on every device; what the hook raises leaves everything as it was."""
+        """Apply the prepared call on every device; what the hook raises leaves all values as they were."""
         engines = self.engines.values()
         reduces = self.norm_settings.wanted and (norm_reduce_hook is not None or len(engines) > 1)
         if reduces:
-            norm.reduce([engine.sum_squares() for engine in engines], norm_reduce_hook)
+            with torch.no_grad():
+                norm.reduce([engine.sum_squares() for engine in engines], norm_reduce_hook)
         for engine in engines:
             engine.step(tick, found_inf, grad_scale, reduces)
         self._mirror += tick

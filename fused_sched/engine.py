@@ -120,7 +120,7 @@ class CompiledEngine:
 
     def push(self, settings: Sequence[GroupSettings], lr_tensors: Sequence[torch.Tensor | None]) -> None:
         for buffer, tensor in self._lr_copies:
-            buffer.copy_(tensor.reshape(()), non_blocking=self.device.type != "cpu")
+            buffer.copy_(tensor.detach().reshape(()), non_blocking=self.device.type != "cpu")
         if list(settings) == self._pushed:
             return
         self._refuse_upload_into_capture()
@@ -223,7 +223,7 @@ class CompiledEngine:
         if tensor.device == self.device:
             return tensor
         buffer = torch.empty((), dtype=tensor.dtype, device=self.device)
-        buffer.copy_(tensor.reshape(()), non_blocking=self.device.type != "cpu")
+        buffer.copy_(tensor.detach().reshape(()), non_blocking=self.device.type != "cpu")
         self._lr_copies.append((buffer, tensor))
         return buffer
 

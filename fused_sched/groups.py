@@ -34,6 +34,7 @@ class GroupRecord:
     schedules: dict[str, Schedule]
     machine: Machine | None = field(default=None, init=False)  # where the lr follows metrics
     _read_from: tuple[Any, ...] | None = None
+    _read_types: list[type] = field(default_factory=list)
     _settings: GroupSettings | None = None
 
     def __post_init__(self) -> None:
@@ -75,8 +76,12 @@ class GroupRecord:
         return self._given if self._read_from is None else dict(zip(_READ, self._read_from, strict=False))
 
     def undo_scheduler(self) -> None:
-        """Take back what a scheduler has written that is refused when it attaches: last."""
-        self.group.update(self._latest())
+        """Take back what a scheduler has written that is refused when it attaches: last.
+
+        A tensor for a rate is written in place, and what it was is not known.
+        """
+        latest = self._latest()
+        self.group.update({name: latest[name] for name in ("lr", "betas")})
         for key in _WRITTEN_BY_SCHEDULERS:
             if key not in self._own_keys:
                 self.group.pop(key, None)
@@ -97,6 +102,7 @@ class GroupRecord:
         if self._settings is None or not self.stands_for(self._settings):
             self._settings = read_group(self.group, self.schedules, self.machine, grad_divisor)
             self._read_from = self._read()
+            self._read_types = list(map(type, self._read_from))
         return self._settings
 
     def stands_for(self, settings: GroupSettings) -> bool:
@@ -104,10 +110,15 @@ class GroupRecord:
         read = self._read()
         # What may change within the same object, an address or an item, is never taken to have stayed.
         changes_in_place = isinstance(read[0], torch.Tensor) or isinstance(read[2], list)
-        return settings is self._settings and not changes_in_place and read == self._read_from
+        if settings is not self._settings or changes_in_place:
+            return False
+        # Types first: numbers of two types may compare equal and not be, and comparing a CUDA tensor waits for it.
+        return list(map(type, read)) == self._read_types and read == self._read_from
 
     def _read(self) -> tuple[Any, ...]:
-        return (*map(self.group.get, _READ_BY_STEPS), self.schedules, self.machine)
+        read = (*map(self.group.get, _READ_BY_STEPS), self.schedules, self.machine)
+        betas = read[2]
+        return (*read, *betas) if isinstance(betas, tuple) else read
 
 
 class GroupTable:

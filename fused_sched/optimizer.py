@@ -180,8 +180,8 @@ class FusedScheduledAdam(BackwardSteps):
             (1, -1.0)
 
         Within `torch.compile` it is one operator: no graph break, no recompilation while the same parameters have
-        gradients, whatever rates, limits and schedules do. DTensors and closures that call backward() break the graph.
-        The optimizer's own tensors are read after the compiled function.
+        gradients, whatever rates, limits and schedules do (one when a profiler starts). DTensors and closures that call
+        backward() break the graph. The optimizer's own tensors are read after the compiled function.
 
             >>> compiled_step = torch.compile(opt.step, fullgraph=True, backend="eager")
             >>> compiled_step()

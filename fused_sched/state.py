@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
@@ -205,12 +206,13 @@ def step_counts(param_states: Iterable[Any]) -> list[int]:
         if isinstance(number, torch.Tensor):
             positions.setdefault(number.device, []).append(position)
     for of_device in positions.values():
-        on_device = torch.stack([numbers[i].reshape(()).to(torch.float64) for i in of_device])  # exact below 2^53
+        on_device = torch.stack([numbers[i].reshape(()).to(torch.int64) for i in of_device])  # a NaN becomes negative
         for position, number in zip(of_device, on_device.tolist(), strict=True):
             numbers[position] = number
+    counts = [int(number) if math.isfinite(number) else -1 for number in numbers]
     return [
-        int(step) if step >= 0 and np.float32(count) != np.float32(step) else int(count)
-        for count, step in zip(numbers[::2], numbers[1::2], strict=True)
+        max(0, step if step >= 0 and np.float32(count) != np.float32(step) else count)
+        for count, step in zip(counts[::2], counts[1::2], strict=True)
     ]
 
 

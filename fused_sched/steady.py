@@ -54,6 +54,13 @@ class SteadyCall:
                 self._watch.add_state(tensor, address)
 
     def repeats(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Whether a call with these groups is this one again; the table then has its gradients' addresses."""
+        """Whether a call with these groups is this one again; the table then has its gradients' addresses.
+
+        The gradients are then held until `release()`.
+        """
         repeated: bool = self._watch.repeats(groups)
         return repeated
+
+    def release(self) -> None:
+        """The step is over."""
+        self._watch.release()

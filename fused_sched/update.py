@@ -23,7 +23,10 @@ class Updates(Offloading):
         options = None if is_settled else self._records.options
         steady = self._devices.steady_call(self.state, self.param_groups, options)
         if steady is not None:  # without no_grad(), which takes 2 to 4 us: nothing in it is differentiable for torch
-            self._apply(steady.call, found_inf, grad_scale, steady=steady, is_settled=is_settled)
+            try:
+                self._apply(steady.call, found_inf, grad_scale, steady=steady, is_settled=is_settled)
+            finally:
+                steady.release()
             return
         with torch.no_grad():
             self._apply(self._collect(), found_inf, grad_scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import namedtuple
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ import fused_sched
 from fused_sched import FusedScheduledAdam, schedules
 
 HALF = 3
+
+Pair = namedtuple("Pair", "first second")
 
 each_case = pytest.mark.parametrize("case", [*CASES, *COMPRESSED], ids=str)
 
@@ -171,6 +174,39 @@ def test_numpys_numbers_are_saved_as_pythons(backend: Backend) -> None:
     for portable in (False, True):
         group = through_a_file(optimizer.state_dict(portable=portable))["param_groups"][0]
         assert [group[key] for key in ("lr", "betas", "eps", "weight_decay")] == [0.25, (0.5, 0.75), 1e-6, 0.5]
+
+
+def test_options_of_the_users_own_kind_are_kept(backend: Backend) -> None:
+    shape = torch.Size([2, 3])  # a tuple that is made of one argument, as a named one is of several
+    optimizer = backend.optimizer([{"params": [backend.parameter([1.0])], "mine": shape, "named": Pair(1, 2)}])
+    group = optimizer.state_dict()["param_groups"][0]
+    assert (group["mine"], group["named"]) == (shape, Pair(1, 2))
+
+
+def test_a_step_that_is_no_count_is_none(backend: Backend) -> None:
+    param = backend.parameter([1.0])
+    optimizer = backend.optimizer([param])
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.state[param]["step"] = torch.tensor(float("nan"))
+    assert optimizer.state_dict()["param_groups"][0]["clock_step"] in (0, 1)
+
+
+def test_state_of_parameters_that_an_engine_hides_waits_for_them(backend: Backend) -> None:
+    params = [backend.parameter([1.0]) for _ in range(2)]
+    optimizer = backend.optimizer([{"params": [p]} for p in params], lr=0.1)
+    groups = optimizer.param_groups
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.param_groups = groups[1:]
+    optimizer.step()
+    optimizer.state[params[1]]["exp_avg"] = torch.zeros(1, device=backend.device)
+    optimizer.param_groups = groups[:1]
+    optimizer.load_state_dict(backend.optimizer([{"params": [params[0]], "lr": 0.1}]).state_dict())
+    optimizer.param_groups = groups[1:]
+    optimizer.step()
+    assert optimizer.state[params[1]]["exp_avg"].item() == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("shapes", [((), (1,)), ((1,), ())], ids=str)

@@ -269,3 +269,25 @@ def test_hook_that_raises_leaves_everything(backend: Backend) -> None:
     optimizer.norm_reduce_hook = None
     optimizer.step()
     assert optimizer.clock == 2
+
+
+def test_hook_may_drop_gradients_and_sees_no_autograd(backend: Backend) -> None:
+    """The update goes on with gradients that the hook has freed; in a steady step nobody held them."""
+    param = torch.nn.Parameter(torch.zeros(1 << 16, device=backend.device))
+    optimizer = backend.optimizer([param], lr=0.5, max_grad_norm=1e9)
+    scale = torch.ones((), dtype=torch.float64, device=backend.device, requires_grad=True)
+    new_memory = []
+
+    def hook(squares: torch.Tensor) -> None:
+        assert not torch.is_grad_enabled()
+        squares.mul_(scale)
+        param.grad = None
+        new_memory.append(torch.full_like(param, -7.0))
+
+    optimizer.norm_reduce_hook = hook
+    for index in range(4):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert optimizer.grad_norm.grad_fn is None
+        assert param.unique().numel() == 1
+        assert param[0].item() == pytest.approx(-0.5 * (index + 1), rel=1e-5)

@@ -185,6 +185,36 @@ def test_gradients_beside_the_parameter() -> None:
     assert param[0].item() == 0.75
 
 
+def widened(param: torch.Tensor) -> None:
+    param.main_grad = param.grad.float()  # type: ignore[attr-defined, union-attr]
+    param.grad = None
+
+
+def made_contiguous(param: torch.Tensor) -> None:
+    param.grad = param.grad.contiguous()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("change", "dtype"), [(widened, torch.bfloat16), (made_contiguous, torch.float32)])
+def test_gradients_that_the_graph_makes_are_not_taken_for_the_parameters(change: Any, dtype: torch.dtype) -> None:
+    """The table was made for the graph's; the next eager step read the parameter's own as if they were like those."""
+    results = []
+    for compiles in (True, False):
+        param = torch.nn.Parameter(torch.zeros(16, 32, dtype=dtype))
+        optimizer = FusedScheduledAdam([param], lr=0.5)
+
+        def step(param: torch.nn.Parameter = param, optimizer: FusedScheduledAdam = optimizer) -> None:
+            change(param)
+            optimizer.step()
+
+        compiled = torch.compile(step, backend="eager", fullgraph=True) if compiles else step
+        for index in range(5):
+            param.main_grad = None  # type: ignore[attr-defined]
+            param.grad = (torch.arange(512.0) + index).to(dtype).view(32, 16).t()
+            (compiled if index < 2 else optimizer.step)()
+        results.append(snapshot(optimizer))
+    assert_same(*results)
+
+
 def test_no_gradients_do_nothing() -> None:
     param = torch.nn.Parameter(torch.ones(2))
     optimizer = FusedScheduledAdam([param])

@@ -71,6 +71,17 @@ def test_second_scheduler_on_a_scheduled_optimizer_is_refused(name: str, updates
     assert optimizer.clock == updates + 1
 
 
+def test_refused_scheduler_leaves_edits_of_other_options(backend: Backend) -> None:
+    optimizer = sign_descent(backend, RAMP)
+    update(optimizer)
+    optimizer.param_groups[0].update(weight_decay=0.25, eps=1e-6, mine="kept")
+    for name in ("LambdaLR", "OneCycleLR"):
+        with pytest.raises(RuntimeError, match="when last read"):
+            attach(name, optimizer)
+    group = optimizer.param_groups[0]
+    assert (group["weight_decay"], group["eps"], group["mine"]) == (0.25, 1e-6, "kept")
+
+
 def test_scheduler_that_only_writes_groups_is_refused_by_the_step(backend: Backend) -> None:
     """timm's schedulers wrap nothing: they keep `initial_lr` and write `lr` (timm/scheduler/scheduler.py)."""
     optimizer = sign_descent(backend, RAMP)

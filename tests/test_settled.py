@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import assert_same, snapshot
@@ -104,6 +105,29 @@ def ask_for_the_next_rate_between(watched: Watched) -> None:
 @noticed
 def give_a_rate_that_is_none(watched: Watched) -> None:
     group(watched)["lr"] = "much"
+
+
+@noticed
+def give_an_equal_number_of_another_type(watched: Watched) -> None:
+    """float32's 0.1 is not float64's, though NumPy says that they are equal."""
+    group(watched)["weight_decay"] = np.float32(0.1)
+    group(watched)["betas"] = (np.float32(0.9), 0.999)
+    watched.set_gradients()
+    watched.optimizer.step()
+    group(watched)["weight_decay"] = 0.1
+    group(watched)["betas"] = (0.9, 0.999)
+
+
+@noticed
+def give_an_equal_number_for_a_tensor(watched: Watched) -> None:
+    lr = torch.tensor(0.1)
+    group(watched)["lr"] = lr
+    watched.set_gradients()
+    watched.optimizer.step()
+    group(watched)["lr"] = 0.1
+    watched.set_gradients()
+    watched.optimizer.step()
+    group(watched, -1)["eps"] = 1e-6  # has all settings pushed
 
 
 @noticed
