@@ -1,4 +1,4 @@
-"""What must be reached, as ratios within one run: the project's bars against regressions.
+"""What is aimed at, as ratios within one run: the project's bars, also against regressions.
 
 Times of different runs are never compared: machines differ, and one machine differs from hour to hour.
 """

@@ -1,7 +1,7 @@
 """Memory of the host in large pages.
 
 A step reads and writes every stream once, front to back. In pages of 4 KB that is a page walk per 4 KB and stream, and
-the processor's prefetchers stop at each page's end; in pages of 2 MB steps of 16.8M elements take a fifth less time
+the processor's prefetchers stop at each page's end; in pages of 2 MB steps of 16.8M elements take 1 to 23% less time
 (docs/measured.md). Linux gives large pages without being asked only where it is set to `always`; the usual setting is
 `madvise`, for which memory is marked before it is first written.
 """

@@ -22,9 +22,9 @@ constexpr int64_t kUnitLength = 32768;
 // A thread is woken for no fewer units than this: waking takes some 10 us, two units in cache 20 us.
 constexpr int64_t kMinUnitsPerThread = 2;
 
-// Elements of a call from which on its streams are taken to come from memory: 32 MB of the narrowest, where the last
-// level of cache holds some 32. Asking ahead makes blocks (block_avx512.h) up to a fifth faster there, and up to a
-// third slower in caches; between 2^20 and 2^22 elements it does the one for some formats and the other for others.
+// Elements of a call from which on its streams are taken to come from memory: 43 MB in the narrowest format, where the
+// last level of cache holds some 32. Asking ahead makes blocks (block_avx512.h) up to a fifth faster there, and up to
+// two fifths slower in caches; at 2^21 elements it does the one for some formats and the other for others.
 constexpr int64_t kFromMemory = int64_t{1} << 22;
 
 // Tensors between the one that is updated and the one whose memory is asked for.
