@@ -24,7 +24,8 @@ TESTS = Path(__file__).resolve().parent
 UPDATE, CLOCK, LAUNCH = "cuda/update_kernel.cuh", "cuda/clock_kernel.cuh", "cuda/launch.cu"
 NORM, LAUNCH_CLOCK = "cuda/norm_kernel.cuh", "cuda/launch_clock.cu"
 INSTANCE = "cuda/update_instance.cuh"
-TILES, BLOCKS, POOL, NORM_TILES = "cpu/update_tile.cpp", "cpu/block_avx512.h", "cpu/parallel.cpp", "cpu/norm_tile.cpp"
+TILES, POOL, NORM_TILES = "cpu/update_tile.cpp", "cpu/parallel.cpp", "cpu/norm_tile.cpp"
+BLOCKS, BLOCK_MOMENTS = "cpu/block_avx512.h", "cpu/moments_avx512.h"
 
 # What is wrong: (file, text, its replacement, which sanitizer is needed to see it, if any).
 BUGS = {
@@ -102,14 +103,27 @@ BUGS = {
     "block past the end": (BLOCKS, "run.count / kBlock * kBlock", "(run.count + kBlock - 1) / kBlock * kBlock", ""),
     "block with a NaN stored": (
         BLOCKS,
-        "if (!encoded || _mm512_cmp_ps_mask(zero, zero, _CMP_UNORD_Q))",
-        "if (!encoded)",
+        "if (!(loaded & encoded & finite))",
+        "if (!(loaded & encoded))",
         "",
     ),
     "block of codes of a NaN updated": (
         BLOCKS,
-        "if (!Moments::load(run, at, first, second)) return false;",
-        "Moments::load(run, at, first, second);",
+        "if (!(loaded & encoded & finite))",
+        "if (!(encoded & finite))",
+        "",
+    ),
+    "block of first moments beyond 2^14 stored": (
+        BLOCK_MOMENTS,
+        "_mm512_cmpgt_epu32_mask(out.scales, largest_scales()) == 0",
+        "true",
+        "",
+    ),
+    "second moment of a block rounded to nothing": (BLOCK_MOMENTS, "all<0x01010101u>()", "all<0u>()", ""),
+    "group's second half given others' random bits": (
+        "cpu/lanes_avx512.h",
+        "_mm512_set1_epi32(8)",
+        "_mm512_set1_epi32(16)",
         "",
     ),
     "last group read to its end": (
@@ -152,7 +166,7 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_noticed(bug: str, tmp_path: Path) -> None:
     file, text, replacement, sanitizer = BUGS[bug]
-    if file == BLOCKS and "avx512bw" not in Path("/proc/cpuinfo").read_text():
+    if file.endswith("avx512.h") and "avx512bw" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this machine has no AVX-512")
     csrc = tmp_path / "csrc"
     shutil.copytree(build.CSRC, csrc)
