@@ -1,6 +1,6 @@
 // The update of 64 elements in AVX-512 registers: the whole blocks of runs in which something is to be decoded. The
 // loops of update_tile.cpp leave that to the compiler, which spends 175 vector instructions on 16 elements of split8 +
-// 8bit; here it is some 60, because
+// 8bit; here it is some 65, because
 //   - streams widen and narrow within 128-bit lanes, and what 16 elements share is in the lane that has them,
 //   - 8-bit codes become floats, and floats codes, without a case for subnormals,
 //   - one hash serves two elements (random_bits), and one tree of maxima both moments' scales,
