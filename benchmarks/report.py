@@ -70,8 +70,11 @@ def device_name(device: torch.device) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    # Of the first processor. A virtual machine may hide the model's name, but hardly its family.
+    about = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    if "model name" not in about:
+        return platform.machine()
+    return f"{about['model name']} (family {about.get('cpu family', '?')}, model {about.get('model', '?')})"
 
 
 def commit() -> str | None:
