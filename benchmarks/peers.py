@@ -243,4 +243,4 @@ def versions(names: Sequence[str]) -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = str(getattr(importlib.import_module(package), "__version__", "unknown"))
-    return found
+    return found | {"torch": torch.__version__}  # with its build, as in 2.11.0+cu130: a wheel's metadata may lack that

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -286,6 +287,12 @@ def found() -> dict[str, Any]:
         patch.delitem(peers.PEERS, "DeepSpeed CPUAdam")  # which compiles for a minute
         patch.setitem(peers.PEERS, "DeepSpeed CPUAdam", peers.Peer("no_such_package", ("cpu",), peers.make))
         return command.run(options)
+
+
+def test_torch_is_named_with_its_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metadata of PyPI's wheels leave it out: 2.11.0 of 2.11.0+cu130."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0")
+    assert peers.versions([]) == {"numpy": "0", "torch": torch.__version__}
 
 
 def test_gpu_json_has_its_shape(found: dict[str, Any]) -> None:
