@@ -130,9 +130,13 @@ def test_options(
     compare(instruction_sets, run)
 
 
-def test_any_state_of_8_bits(instruction_sets: tuple[str, ...], get_backend: Callable[[str], Backend]) -> None:
+@pytest.mark.parametrize("first_scales", [256, 127])
+def test_any_state_of_8_bits(
+    instruction_sets: tuple[str, ...], get_backend: Callable[[str], Backend], first_scales: int
+) -> None:
     """Every code with every scale, NaNs and the scales of the largest floats, of subnormals and of nothing (above 240)
-    among them; parameters and remainders of any bits, misaligned ones."""
+    among them; parameters and remainders of any bits, misaligned ones. first_scales: those below; blocks do not take
+    first moments of scales from 127 on."""
     backend = get_backend("cpu")
 
     def run() -> dict[str, torch.Tensor]:
@@ -151,9 +155,9 @@ def test_any_state_of_8_bits(instruction_sets: tuple[str, ...], get_backend: Cal
             state = optimizer.state[param]
             for name in ("exp_avg_code", "exp_avg_sq_code"):
                 state[name].copy_(any_bits(NUMEL, 0, 256, torch.uint8).view(state[name].shape))
-            for name in ("exp_avg_scale", "exp_avg_sq_scale"):
-                groups = state[name].numel()
-                state[name].copy_(torch.arange(groups).remainder(256).to(torch.uint8))
+            groups = torch.arange(state["exp_avg_scale"].numel())
+            state["exp_avg_scale"].copy_(groups.remainder(first_scales).to(torch.uint8))
+            state["exp_avg_sq_scale"].copy_((groups // 4).remainder(256).to(torch.uint8))  # one for a block
             state["master_correction"].copy_(any_bits(NUMEL, -128, 128, torch.int8))
             # Codes of NaN in a few blocks only, or no block is left to look at.
             rare = torch.arange(NUMEL) // 64 % 10 != 0

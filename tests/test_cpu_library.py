@@ -54,6 +54,63 @@ def test_update_matches_emulation_bit_for_bit(cpu_library: abi.CpuLibrary, insta
         assert_updated(problem, expected)
 
 
+def extreme_8bit_state(param: str, master: str) -> Problem:
+    """Blocks of 64, each of one scale per moment. First, any state, damaged ones included: every scale of the second
+    moment, above 240 too, with subnormal codes and others, beside first moments that a block takes. Then moments about
+    the largest that blocks take: first ones from 1.75 * 2^14 on, and second ones that overflow."""
+    beta1 = 1.0 - 1e-15  # a first moment stays small beside a gradient whose square is infinite
+    specs = [
+        TensorSpec(BLOCK * 4096, param, "fp32", master, moments="8bit"),
+        TensorSpec(BLOCK * 64, param, "fp32", master),
+    ]
+    specs[1] = replace(specs[1], moments="8bit", group=1, ordinal=1)
+    problem = Problem(specs, [GroupSpec(), GroupSpec(beta1=beta1)])
+    rng = np.random.default_rng(11)
+    problem.randomize(rng, special=0.0)
+    problem.draw_grads(1, scale=1e-3)
+    groups = BLOCK // VECTOR
+
+    state, grad = problem.state(0), problem.grads[0].data
+    blocks = np.arange(4096)
+    state["exp_avg_sq_scale"][:] = np.repeat(blocks % 256, groups)
+    state["exp_avg_scale"][:] = np.repeat(np.where(blocks < 3840, rng.integers(0, 127, 4096), blocks % 256), groups)
+    state["exp_avg"][:] = rng.integers(0, 0x7F, BLOCK * 4096) | rng.integers(0, 2, BLOCK * 4096) << 7
+    # Subnormal second moments, but of codes that the largest scale does not refuse; others, but for NaN.
+    limit = np.where(blocks < 2048, 13, 255)
+    state["exp_avg_sq"][:] = rng.integers(0, np.repeat(limit, BLOCK))
+    # The first moments of the last 64 blocks are 1.75 * 2^14, and their gradients at most a little more.
+    last = slice(BLOCK * 4032, None)
+    state["exp_avg"][last], state["exp_avg_scale"][groups * 4032 :] = 0x7E, 126
+    state["exp_avg_sq"][last], state["exp_avg_sq_scale"][groups * 4032 :] = 0x80, 120
+    above = np.array([0, 0, 1, 2**14, 2**20])[np.arange(64) % 5].astype(np.int32)
+    grad[last] = np.repeat((np.float32(28672.0).view(np.int32) + above).view(np.float32), BLOCK)
+
+    state, grad = problem.state(1), problem.grads[1].data
+    state["exp_avg"][:], state["exp_avg_scale"][:] = 0, 0
+    state["exp_avg_sq"][:] = np.repeat(rng.integers(0xF0, 0xFF, 64), BLOCK)  # 2^127 and more, at scale 239
+    state["exp_avg_sq_scale"][:] = np.repeat([239, 240, 200, 0] * 16, groups)
+    grad[:] = np.repeat(np.where(np.arange(64) % 8 < 4, 2e19, 0.0), BLOCK)
+    return problem
+
+
+@pytest.mark.parametrize(("param", "master"), [("fp32", "none"), ("bf16", "split8")])
+def test_every_scale_of_8_bits(cpu_library: abi.CpuLibrary, param: str, master: str) -> None:
+    problem = extreme_8bit_state(param, master)
+    call = problem.call()
+    cpu_library.clock(call)
+    before = problem.snapshot()
+    expected = None
+    for _ in cpu_library.each_of(reversed(list(ISA_FLAGS))):  # from that without blocks
+        problem.restore(before)
+        cpu_library.update(call)
+        expected = expected or [
+            {slot: values[: spec.entries(slot)].copy() for slot, values in problem.state(i).items()}
+            | {"param": problem.params[i].data.copy(), "grad": problem.grads[i].data.copy()}
+            for i, spec in enumerate(problem.specs)
+        ]
+        assert_updated(problem, expected)
+
+
 def large_tensors() -> Problem:
     """Every format, in tensors of several units of parallel work and in small ones that share a unit."""
     sizes, grads = [UNIT + 1, 5, 300, 2 * UNIT, UNIT - 1, 3 * UNIT + 77, UNIT], list(abi.FORMATS)

@@ -113,12 +113,9 @@ BUGS = {
         "if (!(encoded & finite))",
         "",
     ),
-    "block of first moments beyond 2^14 stored": (
-        BLOCK_MOMENTS,
-        "_mm512_cmpgt_epu32_mask(out.scales, largest_scales()) == 0",
-        "true",
-        "",
-    ),
+    "block of first moments stored whose scale has no normal inverse": (BLOCK_MOMENTS, "{126}", "{127}", ""),
+    "block with an infinite second moment stored": (BLOCK_MOMENTS, "{239}", "{240}", ""),
+    "block with a scale that nothing encodes updated": (BLOCK_MOMENTS, "all<0x0e0e0e0eu>()", "all<0u>()", ""),
     "second moment of a block rounded to nothing": (BLOCK_MOMENTS, "all<0x01010101u>()", "all<0u>()", ""),
     "group's second half given others' random bits": (
         "cpu/lanes_avx512.h",

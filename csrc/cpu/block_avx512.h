@@ -36,7 +36,7 @@ FS_HD void ask_ahead(const fs_run& run, int64_t at) {
   ask_ahead(run.master, at, kMasterBytes[run.master_format]);
 }
 
-// Or large enough that their sum is not: the tile loop does those over for nothing.
+// False for some that are finite, too, those whose sum overflows: the tile loop does them over for nothing.
 FS_HD bool all_finite(const Floats& values) {
   constexpr int kNanOrInfinite = 0x99;
   const __m512 first = _mm512_add_ps(values.lane[0], values.lane[1]);

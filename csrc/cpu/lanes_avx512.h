@@ -62,13 +62,13 @@ FS_HD __m512i select(__m512i mask, __m512i first, __m512i second) {
 // ---- between 8, 16 and 32 bits ---------------------------------------------------------------------
 
 // 32 words become two vectors, and those 32 words, within lanes of 128 bits: the first vector has the first four words
-// of every lane, the second the last four. One instruction a vector there; back one for both, shift included.
+// of every lane, the second the last four. Widening takes an instruction a vector, narrowing one for both.
 FS_HD void widen(__m512i lower, __m512i upper, __m512i& first, __m512i& second) {
   first = _mm512_unpacklo_epi16(lower, upper);
   second = _mm512_unpackhi_epi16(lower, upper);
 }
 
-template <int kUpper>
+template <bool kUpper>
 FS_HD __m512i narrow(__m512i first, __m512i second) {
   // In every lane words 0, 2, 4 and 6 of the first vector, then of the second, whose words count from 32.
   const __m512i lower =
@@ -77,8 +77,8 @@ FS_HD __m512i narrow(__m512i first, __m512i second) {
   const __m512i words = kUpper ? _mm512_add_epi16(lower, _mm512_set1_epi16(1)) : lower;
   return _mm512_permutex2var_epi16(first, words, second);
 }
-FS_HD __m512i upper_words(__m512i first, __m512i second) { return narrow<1>(first, second); }
-FS_HD __m512i lower_words(__m512i first, __m512i second) { return narrow<0>(first, second); }
+FS_HD __m512i upper_words(__m512i first, __m512i second) { return narrow<true>(first, second); }
+FS_HD __m512i lower_words(__m512i first, __m512i second) { return narrow<false>(first, second); }
 
 // 64 bytes as the upper ones of 64 words, zeros below. Back: words below 256.
 FS_HD void words_of_bytes(__m512i bytes, __m512i half[2]) {
@@ -87,6 +87,15 @@ FS_HD void words_of_bytes(__m512i bytes, __m512i half[2]) {
 }
 FS_HD __m512i bytes_of_words(__m512i first, __m512i second) { return _mm512_packus_epi16(first, second); }
 
+// 128-bit lanes 0 and 1 of both, alternating, then lanes 2 and 3; undoes _mm512_shuffle_i64x2 by 0x88 and 0xdd.
+FS_HD void alternate_lanes(__m512i& first, __m512i& second) {
+  const __m512i lower = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+  const __m512i upper = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  const __m512i before = first;
+  first = _mm512_permutex2var_epi64(before, lower, second);
+  second = _mm512_permutex2var_epi64(before, upper, second);
+}
+
 // ---- orders ----------------------------------------------------------------------------------------
 
 // A block's 64 elements are two halves of 32 words, and each half, widened, two vectors. An order says which elements a
@@ -94,10 +103,9 @@ FS_HD __m512i bytes_of_words(__m512i first, __m512i second) { return _mm512_pack
 //   load_words, store_words       128 bytes: its halves
 //   load_bytes, store_bytes       64 bytes: such that words_of_bytes gives its halves
 //   arrange, restore              four vectors in memory's order and its own
-//   even_elements                 of a half, in pairs with the odd ones: the first and the second vector's in every
-//   lane
+//   even_elements                 a half's; of the four in a 128-bit lane, two are the first vector's
 
-// The first half has the first 32 elements. Least work where every element's numbers are its own.
+// The first half has the first 32 elements. Least work where elements share nothing.
 struct InOrder {
   static FS_HD void load_words(const void* from, __m512i half[2]) {
     half[0] = load_512(from);
@@ -123,12 +131,11 @@ struct InOrder {
     }
   }
   static FS_HD void restore(Floats& block) {
-    const __m512i firsts = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i seconds = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     for (int i = 0; i < kVectors; i += 2) {
-      const __m512i first = as_bits(block.lane[i]), second = as_bits(block.lane[i + 1]);
-      block.lane[i] = as_float(_mm512_permutex2var_epi64(first, firsts, second));
-      block.lane[i + 1] = as_float(_mm512_permutex2var_epi64(first, seconds, second));
+      __m512i first = as_bits(block.lane[i]), second = as_bits(block.lane[i + 1]);
+      alternate_lanes(first, second);
+      block.lane[i] = as_float(first);
+      block.lane[i + 1] = as_float(second);
     }
   }
 
@@ -147,10 +154,10 @@ struct ByGroup {
     half[1] = _mm512_shuffle_i64x2(first, second, 0xdd);
   }
   static FS_HD void store_words(void* to, const __m512i half[2]) {
-    const __m512i firsts = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i seconds = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    store_512(to, _mm512_permutex2var_epi64(half[0], firsts, half[1]));
-    store_512(static_cast<char*>(to) + 64, _mm512_permutex2var_epi64(half[0], seconds, half[1]));
+    __m512i first = half[0], second = half[1];
+    alternate_lanes(first, second);
+    store_512(to, first);
+    store_512(static_cast<char*>(to) + 64, second);
   }
 
   static FS_HD __m512i load_bytes(const void* from) { return load_512(from); }
@@ -223,8 +230,8 @@ template <class Order>
 FS_HD void random_of_block(RandomKey key, uint32_t first_element, Bits& out) {
   // From the numbers of four pairs in every lane to those of the first or the last four elements: a pair's number, and
   // the same with its halves exchanged.
-  const __m512i of_first = _mm512_broadcast_i32x4(_mm_setr_epi32(0x03020100, 0x01000302, 0x07060504, 0x05040706));
-  const __m512i of_second = _mm512_broadcast_i32x4(_mm_setr_epi32(0x0b0a0908, 0x09080b0a, 0x0f0e0d0c, 0x0d0c0f0e));
+  const __m512i first_four = _mm512_broadcast_i32x4(_mm_setr_epi32(0x03020100, 0x01000302, 0x07060504, 0x05040706));
+  const __m512i last_four = _mm512_broadcast_i32x4(_mm_setr_epi32(0x0b0a0908, 0x09080b0a, 0x0f0e0d0c, 0x0d0c0f0e));
   const uint32_t block = first_element ^ key.first;
   const __m512i begun = _mm512_set1_epi32(static_cast<int>(block ^ (block >> 16)));
   for (int half = 0; half < 2; ++half) {
@@ -232,8 +239,8 @@ FS_HD void random_of_block(RandomKey key, uint32_t first_element, Bits& out) {
     x = _mm512_ternarylogic_epi32(x, _mm512_srli_epi32(x, 15), _mm512_set1_epi32(static_cast<int>(key.second)), 0x96);
     x = _mm512_mullo_epi32(x, all<0x846ca68bu>());
     x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
-    out.lane[2 * half] = _mm512_shuffle_epi8(x, of_first);
-    out.lane[2 * half + 1] = _mm512_shuffle_epi8(x, of_second);
+    out.lane[2 * half] = _mm512_shuffle_epi8(x, first_four);
+    out.lane[2 * half + 1] = _mm512_shuffle_epi8(x, last_four);
   }
 }
 

@@ -83,18 +83,23 @@ struct BlockMoments<Moments8bit> {
 
   static constexpr uint32_t kOne = 127u << 23;  // bits of 1.0
 
-  // Beyond these the blocks are the tile loop's: 2^-scale is to be a float (first moments up to 16384), and a second
-  // moment that rounds up to be finite. In every lane, for the first moment and the second.
+  // Blocks with larger ones are the tile loop's: 2^-scale is to be a normal float (so first moments are at most 1.75 *
+  // 2^14), and the largest second moment, rounded up, finite. In every lane, for the first moment and the second.
   static FS_HD __m512i largest_scales() { return _mm512_set1_epi64(int64_t{239} << 55 | int64_t{126} << 23); }
 
-  // The four groups' scales, each in its lane, where a float has its exponent.
-  static FS_HD __m512i load_scales(const uint8_t* from) {
+  // The four groups' scales, four times each.
+  static FS_HD __m512i scale_bytes(const uint8_t* from) {
     int32_t bytes;
     memcpy(&bytes, from, sizeof bytes);
+    return _mm512_set1_epi32(bytes);
+  }
+
+  // Each group's scale in its lane, where a float has its exponent.
+  static FS_HD __m512i load_scales(const uint8_t* from) {
     const __m512i to_top = _mm512_set_epi32(0x03808080, 0x03808080, 0x03808080, 0x03808080, 0x02808080, 0x02808080,
                                             0x02808080, 0x02808080, 0x01808080, 0x01808080, 0x01808080, 0x01808080,
                                             0x00808080, 0x00808080, 0x00808080, 0x00808080);
-    return _mm512_srli_epi32(_mm512_shuffle_epi8(_mm512_set1_epi32(bytes), to_top), 1);
+    return _mm512_srli_epi32(_mm512_shuffle_epi8(scale_bytes(from), to_top), 1);
   }
 
   static FS_HD void load_first(const uint8_t* codes, const uint8_t* scales, Floats& first) {
@@ -110,7 +115,8 @@ struct BlockMoments<Moments8bit> {
     }
   }
 
-  // Of the two values that a position may stand for, a subnormal's and a normal one's, the smaller.
+  // Of the two values that a position may stand for, a subnormal's and a normal one's, the smaller. For scales up to
+  // 240: above, the former may be a NaN.
   static FS_HD __m512 second_at(__m512i position, __m512i base) {
     const __m512i smallest_normal = _mm512_add_epi32(base, all<kBinade>());
     const __m512 above = as_float(_mm512_add_epi32(position, smallest_normal));
@@ -134,10 +140,12 @@ struct BlockMoments<Moments8bit> {
     const uint8_t* const second_codes = static_cast<const uint8_t*>(run.exp_avg_sq) + at;
     load_first(first_codes, run.exp_avg_scale + at / 16, first);
     load_second(second_codes, run.exp_avg_sq_scale + at / 16, second);
-    // Without its sign a first moment's NaN is all ones, too.
-    const __m512i unsigned_first = _mm512_or_si512(load_512(first_codes), all<0x80808080u>());
-    const __m512i larger_code = _mm512_max_epu8(unsigned_first, load_512(second_codes));
-    return _mm512_cmpeq_epi8_mask(larger_code, all<0xffffffffu>()) == 0;
+    // All ones are: a second moment's NaN, a first one's with its sign set, and here what no encoder writes, the second
+    // moments' scales above 240.
+    const __m512i signed_first = _mm512_or_si512(load_512(first_codes), all<0x80808080u>());
+    const __m512i scales = _mm512_adds_epu8(scale_bytes(run.exp_avg_sq_scale + at / 16), all<0x0e0e0e0eu>());
+    const __m512i largest = _mm512_max_epu8(_mm512_max_epu8(signed_first, load_512(second_codes)), scales);
+    return _mm512_cmpeq_epi8_mask(largest, all<0xffffffffu>()) == 0;
   }
 
   // In every lane: the group's largest first and second moment, twice. Not a NaN among first moments, which the weight
@@ -196,7 +204,7 @@ struct BlockMoments<Moments8bit> {
       const __m512i words = upper_words(drawn.lane[2 * h], drawn.lane[2 * h + 1]);
       half[h] = _mm512_srli_epi16(_mm512_sub_epi16(words, all<(kOne >> 16) * 0x10001u>()), Second::kDropped - 16);
     }
-    // What is not zero gets a code that is not: saturation keeps the lowest of its bits from being lost.
+    // What is not zero gets a code that is not. Packs saturate, so that a number other than zero stays one.
     const __m512i not_zero = bytes_of_words(_mm512_packs_epi32(as_bits(second.lane[0]), as_bits(second.lane[1])),
                                             _mm512_packs_epi32(as_bits(second.lane[2]), as_bits(second.lane[3])));
     return _mm512_max_epu8(bytes_of_words(half[0], half[1]), _mm512_min_epu8(not_zero, all<0x01010101u>()));
@@ -219,9 +227,9 @@ struct BlockMoments<Moments8bit> {
     const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_srli_epi32(encoded.scales, 23));  // each twice, alternating
     const __m128i ordered = _mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 0, 4, 8, 12, 1, 5, 9, 13));
     const int64_t both = _mm_cvtsi128_si64(ordered);
-    const int32_t of_first = static_cast<int32_t>(both), of_second = static_cast<int32_t>(both >> 32);
-    memcpy(run.exp_avg_scale + at / 16, &of_first, sizeof of_first);
-    memcpy(run.exp_avg_sq_scale + at / 16, &of_second, sizeof of_second);
+    const int32_t first = static_cast<int32_t>(both), second = static_cast<int32_t>(both >> 32);
+    memcpy(run.exp_avg_scale + at / 16, &first, sizeof first);
+    memcpy(run.exp_avg_sq_scale + at / 16, &second, sizeof second);
     Order::store_bytes(static_cast<uint8_t*>(run.exp_avg) + at, encoded.first);
     Order::store_bytes(static_cast<uint8_t*>(run.exp_avg_sq) + at, encoded.second);
   }
