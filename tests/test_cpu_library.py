@@ -59,11 +59,8 @@ def extreme_8bit_state(param: str, master: str) -> Problem:
     moment, above 240 too, with subnormal codes and others, beside first moments that a block takes. Then moments about
     the largest that blocks take: first ones from 1.75 * 2^14 on, and second ones that overflow."""
     beta1 = 1.0 - 1e-15  # a first moment stays small beside a gradient whose square is infinite
-    specs = [
-        TensorSpec(BLOCK * 4096, param, "fp32", master, moments="8bit"),
-        TensorSpec(BLOCK * 64, param, "fp32", master),
-    ]
-    specs[1] = replace(specs[1], moments="8bit", group=1, ordinal=1)
+    common = TensorSpec(BLOCK * 4096, param, "fp32", master, moments="8bit")
+    specs = [common, replace(common, numel=BLOCK * 64, group=1, ordinal=1)]
     problem = Problem(specs, [GroupSpec(), GroupSpec(beta1=beta1)])
     rng = np.random.default_rng(11)
     problem.randomize(rng, special=0.0)
@@ -142,6 +139,23 @@ def test_whole_steps_on_several_threads(cpu_library: abi.CpuLibrary) -> None:
                 expected = expected or after_update(problem)
                 cpu_library.update(call)
                 assert_updated(problem, expected)
+
+
+def test_units_of_any_length_cover_every_element(cpu_library: abi.CpuLibrary) -> None:
+    """From memory (2^22 elements on) a unit's length follows from the number of threads: 2^18 here, 2^17 and 2^16."""
+    sizes = [3 << 20, *range(250, 350), 1 << 20, UNIT + 1, 5]
+    problem = Problem([TensorSpec(numel, moments="bf16", ordinal=i) for i, numel in enumerate(sizes)])
+    problem.draw_grads()
+    call = problem.call(num_threads=1)
+    cpu_library.clock(call)
+    before = problem.snapshot()
+    after = None
+    for num_threads in (1, 2, 4):
+        problem.restore(before)
+        cpu_library.update(problem.call(num_threads=num_threads))
+        assert all(param.data.all() for param in problem.params)  # from 0, each has moved
+        after = after or problem.snapshot()
+        assert problem.snapshot() == after
 
 
 def test_sum_of_squares_in_every_instruction_set(cpu_library: abi.CpuLibrary) -> None:
