@@ -13,6 +13,21 @@ import torch
 import fused_sched
 from fused_sched import FusedScheduledAdam
 
+#: Older torch's own warnings: SequentialLR's of itself, the compiler's cache's, random DTensors', the profiler's.
+OF_OLDER_TORCH = [
+    "The epoch parameter in `scheduler.step",
+    "Skipping serialization of skipfiles_inline_module_allowlist",
+    "DTensor random operators may not have complete support",
+    "Warning. Profiler clears events at the end of each cycle",
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if torch.__version__ < (2, 13):
+        for message in OF_OLDER_TORCH:
+            config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning")
+
+
 COMPILED = ["cpu", "cuda-on-cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 BACKENDS = ["reference", *COMPILED]
 

@@ -71,10 +71,11 @@ struct BlockMoments<MomentsBfloat16> {
 
 // A code is a small float's exponent and significand; in a float's place, its position (Float8 in core/moments.h). The
 // first moment's positions, with its signs, are floats themselves: its values times 2^-scale. One multiplication
-// decodes and one encodes, the processor rounding subnormals as Float8 does. They cost it dear (15 cycles a vector on a
-// Zen 4, 150 on many an Intel), but there are few: 2^-14 of a group's largest value. Of a second moment, a square, that
-// is 2^-7 of a gradient, which a quarter of all vectors has where gradients do not change: so it is computed like
-// Float8, with sums, whose subnormals are not slower.
+// decodes and one encodes, the processor rounding subnormals as Float8 does. Products that are subnormal are slow (124
+// cycles and more on Intel's up to Haswell: Agner Fog, "The microarchitecture of Intel, AMD and VIA CPUs"), but few:
+// below 2^-14 of a group's largest value. Of a second moment, a square, that is 2^-7 of a gradient, which a sixth of
+// all vectors has after squares of one normal sample (simulated): so it is computed like Float8, with sums
+// (docs/measured.md).
 template <>
 struct BlockMoments<Moments8bit> {
   using Order = ByGroup;
