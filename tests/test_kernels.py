@@ -24,10 +24,10 @@ ARENA_CAPACITY = 16  # kMaxArenas
 
 
 def tile(param: str, master: str = "none", moments: str = "fp32") -> int:
-    """Elements a block takes at a time: 256 threads of 8 elements, of 16 beside 8-bit streams, of 2 in double."""
+    """Elements a block takes at a time: 256 threads of 8 elements, of 16 beside 8-bit moments, of 2 in double."""
     if param == "fp64":
         return 512
-    return 4096 if master == "split8" or moments == "8bit" else 2048
+    return 4096 if moments == "8bit" else 2048
 
 
 every_instance = pytest.mark.parametrize("instance", CUDA_INSTANCES, ids=instance_id)

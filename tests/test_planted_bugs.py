@@ -24,6 +24,7 @@ TESTS = Path(__file__).resolve().parent
 UPDATE, CLOCK, LAUNCH = "cuda/update_kernel.cuh", "cuda/clock_kernel.cuh", "cuda/launch.cu"
 NORM, LAUNCH_CLOCK = "cuda/norm_kernel.cuh", "cuda/launch_clock.cu"
 INSTANCE = "cuda/update_instance.cuh"
+ORDINARY_UPDATE, CODES = "cuda/update_ordinary.cuh", "cuda/packed_codes.cuh"
 TILES, POOL, NORM_TILES = "cpu/update_tile.cpp", "cpu/parallel.cpp", "cpu/norm_tile.cpp"
 BLOCKS, BLOCK_MOMENTS = "cpu/block_avx512.h", "cpu/moments_avx512.h"
 
@@ -32,27 +33,91 @@ BUGS = {
     "none": (UPDATE, "at.count <= 0", "at.count < 1", ""),
     "vector past the end": (
         INSTANCE,
-        "at.count >= Instance::kCount && is_vector_aligned(table.param",
-        "is_vector_aligned(table.param",
+        "  if (at.has_all() && at.has_aligned_param()) {\n    store",
+        "  if (at.has_aligned_param()) {\n    store",
         "",
     ),
-    "misaligned vector": (INSTANCE, " && is_vector_aligned(base)", "", "address"),
+    "misaligned vector": (INSTANCE, " && at.has_aligned_param() && grad_aligned", "", "address"),
     "0/0 left in the padding": (
         INSTANCE,
-        "if constexpr (Instance::kHasMaster) clear_padding(stored.kept, at.count);",
+        "if constexpr (Instance::kHasMaster) clear_padding<kPiece>(stored.kept, at.count);",
         "",
         "",
     ),
     "scale not stored": (INSTANCE, "    __stcs(at.exp_avg_scale, stored.exp_avg_scale);\n", "", ""),
     "random bits of the thread's first element": (
-        UPDATE,
-        "const uint32_t element = first_element + static_cast<uint32_t>(kBegin + i);",
-        "const uint32_t element = first_element;",
+        ORDINARY_UPDATE,
+        "finish_random_bits(key, begun ^ static_cast<uint32_t>(offset_of<Instance>(2 * i)))",
+        "finish_random_bits(key, begun)",
         "",
     ),
-    "gradients read as bf16": (INSTANCE, "default: return load_grad<Float16", "default: return load_grad<Bfloat16", ""),
+    "neighbours given the same random bits": (
+        ORDINARY_UPDATE,
+        "i % 2 == 0 ? random : exchange_halves(random)",
+        "random",
+        "",
+    ),
+    "gradients read as bf16": (
+        INSTANCE,
+        "default: return load_with<Float16>",
+        "default: return load_with<Bfloat16>",
+        "",
+    ),
+    "pieces of a thread side by side": (
+        "cuda/vector_access.cuh",
+        "i / kPiece * kPiece * kWarpThreads",
+        "i / kPiece * kPiece",
+        "",
+    ),
+    "roots not looked at": (ORDINARY_UPDATE, "if (largest_second >= kTooLarge) return false;", "", ""),
+    "scales not looked at": (ORDINARY_UPDATE, " | (larger_scale > kMaxUnitScale)", "", ""),
+    "codes of NaNs decoded as numbers": (
+        ORDINARY_UPDATE,
+        "stored.exp_avg.has_nan() | stored.exp_avg_sq.has_nan() | ",
+        "stored.exp_avg_sq.has_nan() | ",
+        "",
+    ),
+    "first moments too large for a scale": (
+        ORDINARY_UPDATE,
+        "if (bits_of(largest_first) >= kTooLarge) return false;",
+        "",
+        "",
+    ),
+    "NaNs of a split master kept": (ORDINARY_UPDATE, "if (is_nan_bits(bits_of(sum))) return false;", "", ""),
+    "subnormal directions with all digits": (ORDINARY_UPDATE, "if (smallest_weight < 0x1p-64f) return false;", "", ""),
+    "too small a step size": (ORDINARY_UPDATE, "step >= 0x1p-62f", "step >= 0.0f", ""),
+    "too large a bias correction": (ORDINARY_UPDATE, " && s.inv_sqrt_bias2 < 0x1p15f", "", ""),
+    "weights without decay lose their sign": (ORDINARY_UPDATE, "scalars.decay : -0.0f", "scalars.decay : 0.0f", ""),
+    "roots of subnormals": (
+        "cuda/ordinary.cuh",
+        "value.value * 0x1p64f;\n  const float estimate = reciprocal_root",
+        "value.value;\n  const float estimate = reciprocal_root",
+        "",
+    ),
+    "root of zero": ("cuda/ordinary.cuh", "fmaxf(scaled, 0x1p-96f)", "scaled", ""),
+    "zeros lose their sign in a quotient": (
+        "cuda/ordinary.cuh",
+        "multiply_add(b.value, quotient, -scaled);\n  return {multiply_add(-reciprocal, excess",
+        "multiply_add(-b.value, quotient, scaled);\n  return {multiply_add(reciprocal, excess",
+        "",
+    ),
+    "second moments rounded to nothing": (CODES, "if ((zeros & 0x80808080u) == 0) return;", "return;", ""),
+    "scale without a normal inverse": (
+        CODES,
+        "float_of((254u - scale) << 23) * 0x1p-127f",
+        "float_of((127u - scale) << 23)",
+        "",
+    ),
+    "subnormal first moment decoded as a normal one": (CODES, "& 0xbf80bf80u", "& 0xbf80bf80u | 0x04000400u", ""),
+    "padding of codes kept": (INSTANCE, "  codes.clear_from(count);\n", "", ""),
+    "element by element with the new scales": (
+        "cuda/update_any.cuh",
+        "typename First::Scale(first_scale)",
+        "old_first_scale",
+        "",
+    ),
+    "threads beyond the end work": (UPDATE, "if (at.count <= 0) return true;", "", ""),
     "ordinals counted from the launch": (CLOCK, "runs[run].first_ordinal + ", "", ""),
-    "threads beyond the end work": (UPDATE, "if (at.count <= 0) return;", "", ""),
     "first tile of a tensor taken for the one before": (
         "cuda/tensor_table.cuh",
         "tile < table.tile_end",
@@ -65,7 +130,7 @@ BUGS = {
         "kept",
         "",
     ),
-    "skip ignored": (UPDATE, "if (scalars.flags & kSkip) return;", "", ""),
+    "skip ignored": (UPDATE, "if (scalars.flags & kSkip) return false;", "", ""),
     "scalars of another group reused": (CLOCK, " || detail != slot_detail", "", ""),
     "every launch ticks": (LAUNCH_CLOCK, "    begins_call = false;\n", "", ""),
     "first tensor of a run taken for one of the run before": (
@@ -173,7 +238,7 @@ def test_planted_bug_is_noticed(bug: str, tmp_path: Path) -> None:
 
     environment = build.sanitizer_environment(sanitizer) if sanitizer else dict(os.environ)
     environment |= {"FUSED_SCHED_TEST_CSRC": str(csrc), "PYTHONPATH": str(TESTS)}
-    files = "test_clock_kernel.py test_metric_kernel.py test_kernels.py test_norm_kernel.py"
+    files = "test_clock_kernel.py test_metric_kernel.py test_kernels.py test_update_ordinary.py test_norm_kernel.py"
     if file.startswith("cpu/"):
         files = "test_cpu_library.py"
     command = f"-m pytest -o addopts= --noconftest -p no:cacheprovider -s -x -q {files}"

@@ -53,7 +53,7 @@ def run_tests(sanitizer: str, *arguments: str) -> None:
 def test_kernels_under_sanitizer(sanitizer: str) -> None:
     # Update kernels share nothing between threads; ThreadSanitizer is for the barriers of clock and norm, and for one
     # update.
-    files = ["test_kernels.py", "test_norm_kernel.py"]
+    files = ["test_kernels.py", "test_norm_kernel.py", "test_update_ordinary.py"]
     if sanitizer == "thread":
         files[0] += "::test_formats_mixed_in_one_call"
         names = ("sum_of_squares_to_the_last_bit", "skips_what_is_not_finite", "recorder_writes_every_step")

@@ -56,14 +56,14 @@ FS_HD void update_moments(V weight, V& exp_avg, V& exp_avg_sq, V& max_exp_avg_sq
 }
 
 // The direction of the step, m / (sqrt(v)/sqrt(bc2) + eps). second: the second moment, or with amsgrad the largest seen
-// so far.
+// so far. Its type is that of V's quotients.
 template <class V, class T>
-FS_HD V direction(V exp_avg, V second, const StepScalars<T>& s) {
+FS_HD auto direction(V exp_avg, V second, const StepScalars<T>& s) {
   return exp_avg / multiply_add(square_root(second), s.inv_sqrt_bias2, s.eps);
 }
 
-template <class V, class T>
-FS_HD V moved_weight(V weight, V along, const StepScalars<T>& s) {
+template <class V, class Quotient, class T>
+FS_HD V moved_weight(V weight, Quotient along, const StepScalars<T>& s) {
   const V decayed = (s.flags & kDecoupledDecay) ? multiply_add(-s.decay, weight, weight) : weight;
   return multiply_add(-s.step_size, along, decayed);
 }

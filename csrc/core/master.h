@@ -91,6 +91,7 @@ FS_HD float join_halves(uint16_t param, int32_t remainder) {
 
 struct MasterSplit16 {
   using Storage = int16_t;
+  static constexpr int32_t kUnit = 1;  // of a remainder, in the float's last places
   static constexpr bool kStores = true;
   static constexpr bool kDraws = false;
   template <class Param>
@@ -98,7 +99,7 @@ struct MasterSplit16 {
 
   template <class Param>
   static FS_HD float decode(typename Param::Storage param, Storage kept) {
-    return join_halves(param, kept);
+    return join_halves(param, kept * kUnit);
   }
   template <class Param>
   static FS_HD void encode(float weight, uint32_t, typename Param::Storage& param, Storage& kept) {
@@ -112,6 +113,7 @@ struct MasterSplit16 {
 // significant digits, 15 of them stored. Subnormal weights: an absolute error of at most 2^-142.
 struct MasterSplit8 {
   using Storage = int8_t;
+  static constexpr int32_t kUnit = 256;
   static constexpr bool kStores = true;
   static constexpr bool kDraws = false;
   template <class Param>
@@ -119,7 +121,7 @@ struct MasterSplit8 {
 
   template <class Param>
   static FS_HD float decode(typename Param::Storage param, Storage kept) {
-    return join_halves(param, static_cast<int32_t>(kept) * 256);
+    return join_halves(param, kept * kUnit);
   }
   template <class Param>
   static FS_HD void encode(float weight, uint32_t, typename Param::Storage& param, Storage& kept) {
@@ -130,5 +132,18 @@ struct MasterSplit8 {
     kept = static_cast<Storage>(nan ? 0u : upper);
   }
 };
+
+template <class Master>
+constexpr bool kIsSplit = std::is_same<Master, MasterSplit16>::value || std::is_same<Master, MasterSplit8>::value;
+
+// decode without join_halves' last question, for those who look for NaNs later: where the parameter wins, a NaN.
+template <class Param, class Master>
+FS_HD float decode_or_nan(typename Param::Storage param, typename Master::Storage kept) {
+  if constexpr (kIsSplit<Master>) {
+    return float_of((static_cast<uint32_t>(param) << 16) + static_cast<uint32_t>(kept * Master::kUnit));
+  } else {
+    return Master::template decode<Param>(param, kept);
+  }
+}
 
 FS_NAMESPACE_END

@@ -60,6 +60,7 @@ struct Bfloat16Second {
 constexpr uint32_t kBinade = 1u << 23;  // from a float's bits to those of its double
 
 FS_HD uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+FS_HD uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
 // The power of two that a group's codes count from.
 struct BinaryScale {

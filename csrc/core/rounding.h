@@ -71,12 +71,19 @@ FS_HD RandomKey key_of_parameter(RandomKey key) {
 
 // 32 bits for a pair of neighbours, by the even one's index. A counter-based generator needs no state, so that CPU,
 // CUDA and plain torch draw the same: Wellons' lowbias32 (github.com/skeeto/hash-prospector; bias 0.17 of a perfect
-// hash's 0), keyed twice.
-FS_HD uint32_t random_bits_of_pair(RandomKey key, uint32_t even_element) {
-  uint32_t x = even_element ^ key.first;
-  x = (x ^ (x >> 16)) * 0x7feb352du;
+// hash's 0), keyed twice. Its first step and the others: where low bits of the element were zero, they can be set in
+// what the first has made of it, with an exclusive or.
+FS_HD uint32_t begin_random_bits(RandomKey key, uint32_t even_element) {
+  const uint32_t x = even_element ^ key.first;
+  return x ^ (x >> 16);
+}
+FS_HD uint32_t finish_random_bits(RandomKey key, uint32_t begun) {
+  uint32_t x = begun * 0x7feb352du;
   x = (x ^ (x >> 15) ^ key.second) * 0x846ca68bu;
   return x ^ (x >> 16);
+}
+FS_HD uint32_t random_bits_of_pair(RandomKey key, uint32_t even_element) {
+  return finish_random_bits(key, begin_random_bits(key, even_element));
 }
 
 FS_HD uint32_t exchange_halves(uint32_t random) { return random >> 16 | random << 16; }

@@ -3,11 +3,11 @@
 #pragma once
 
 #include "clock_kernel.cuh"
+#include "vector_access.cuh"
 
 namespace fused_sched {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
-constexpr int kWarpThreads = 32;
 static_assert(kNormFinalAccumulators == kNormThreads, "one accumulator for each thread of the last block");
 
 template <class T, int kCount>

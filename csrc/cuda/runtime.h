@@ -15,6 +15,13 @@
 
 #define FS_DEVICE __device__ __forceinline__
 
+// What the compiler may rely on.
+#if defined(__CUDA_ARCH__)
+#define FS_ASSUME(condition) __builtin_assume(condition)
+#else
+#define FS_ASSUME(condition) static_cast<void>(0)
+#endif
+
 // A kernel's only parameter is a table of up to kMaxParameterBytes in constant memory: no upload, and a graph
 // capture freezes its contents.
 #if defined(FS_CUDA_ON_CPU)

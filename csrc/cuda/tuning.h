@@ -11,8 +11,7 @@ namespace fused_sched {
 constexpr int kUpdateThreads = 256;
 constexpr int kUpdateBlocksPerSm = 4;
 
-// Elements per thread are those of 16 bytes of the narrowest stream: 8 where it has 16 bits (for 32-bit streams,
-// too), 16 where it has 8, 2 in double.
+// Elements per thread: 8, but 16 of 8-bit moments, which share a scale, and 2 in double.
 constexpr int kMaxElementsPerThread = 16;
 constexpr int kElementsPerThreadFloat64 = 2;
 
@@ -21,10 +20,11 @@ constexpr int kElementsPerThreadFloat64 = 2;
 // SM.
 constexpr int kClockThreads = 128;
 
-// 32 warps per SM, each with four 16-byte loads per thread in flight: 64 KB. The last block runs the clock, whose
-// evaluator needs the 64 registers that four blocks leave.
+// 32 warps per SM, each with four 16-byte loads per thread in flight: 64 KB, where reading alone asks for about 24. The
+// last block runs the clock, whose evaluator needs the 64 registers that four blocks leave.
 constexpr int kNormThreads = 256;
 constexpr int kNormBlocksPerSm = 4;
+constexpr int kNormLoads = 4;
 
 // Limit of a kernel's parameters since CUDA 12.1 (sm_70 and later).
 constexpr int kMaxParameterBytes = 32764;

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "packed_codes.cuh"
 #include "tensor_table.cuh"
 #include "vector_access.cuh"
 
@@ -22,21 +23,29 @@ struct UpdateInstance {
   static constexpr bool kExactMoments = MomentsCodec::kExact;
   static constexpr bool kHasScales = MomentsCodec::kGroup > 1;
   static constexpr bool kWide = std::is_same<Compute, double>::value;
-  static constexpr bool kHasBytes =
-      sizeof(typename First::Storage) == 1 || (kHasMaster && sizeof(typename Master::Storage) == 1);
-  // 16 bytes of the narrowest stream.
-  static constexpr int kCount = kWide ? 2 : kHasBytes ? 16 : 8;
-  // Elements in flight between decoding and encoding, as floats.
-  static constexpr int kChunk = kCount < 8 ? kCount : 8;
+  static constexpr bool kHasFloats = sizeof(typename Param::Storage) == 4 || sizeof(typename First::Storage) == 4 ||
+                                     (kHasMaster && sizeof(typename Master::Storage) == 4);
+  // A piece is 16 bytes of the widest stream that is written; 8-bit moments are whole groups in one thread.
+  static constexpr int kPiece = kWide ? 2 : kHasScales ? 16 : kHasFloats ? 4 : 8;
+  static constexpr int kCount = kWide ? 2 : kHasScales ? 16 : 8;
   static constexpr int kTile = kUpdateThreads * kCount;
   static_assert(!kHasScales || MomentsCodec::kGroup == kCount, "a thread has whole groups");
-  // With a master and a third moment a thread holds 40 to 44 registers of data; at 64 these instances spill 8 to 24
-  // bytes, on every architecture from sm_75 to sm_120. With 16 elements it holds 64 and more: at 80 registers, three
-  // blocks, half of these instances spill, up to 300 bytes. Two blocks still have 50 KB of reads in flight per SM.
-  static constexpr int kBlocksPerSm = kCount == kMaxElementsPerThread             ? kUpdateBlocksPerSm - 2
-                                      : kHasMax && (kHasMaster || Master::kDraws) ? kUpdateBlocksPerSm - 1
-                                                                                  : kUpdateBlocksPerSm;
+  static_assert(kCount == kPiece || kWarpThreads * kCount <= kPadding,
+                "where a thread has an element, its tensor's state goes on for all of its pieces");
+  // Where 64 registers, those of four blocks, would spill.
+  static constexpr int kBlocksPerSm = kHasScales || (kHasMax && kHasMaster)     ? kUpdateBlocksPerSm - 2
+                                      : kHasMax || kHasMaster || Master::kDraws ? kUpdateBlocksPerSm - 1
+                                                                                : kUpdateBlocksPerSm;
 };
+
+template <class Instance>
+using Elements = Vector<typename Instance::Compute, Instance::kCount>;
+
+// The place of the i-th of a thread's elements, from its first.
+template <class Instance>
+FS_DEVICE constexpr int offset_of(int i) {
+  return piece_offset<Instance::kPiece>(i);
+}
 
 // Where a tile's elements are, for the calling thread; a slot the instance lacks stays null.
 template <class Instance>
@@ -48,9 +57,14 @@ struct ThreadElements {
   typename Instance::Compute* max_exp_avg_sq;
   uint8_t* exp_avg_scale;
   uint8_t* exp_avg_sq_scale;
+  uint64_t grad;  // address of the tensor's
   int64_t first;  // index of the first element in its tensor
   int count;      // elements of the tile from here on; <= 0: none
-  bool whole_param;
+
+  FS_DEVICE bool has_all() const { return count > offset_of<Instance>(Instance::kCount - 1); }
+  FS_DEVICE bool has_aligned_param() const {
+    return is_vector_aligned<typename Instance::Param::Storage, Instance::kPiece>(reinterpret_cast<uint64_t>(param));
+  }
 };
 
 template <class T>
@@ -63,7 +77,9 @@ FS_DEVICE ThreadElements<Instance> locate(const UpdateTable& table, int tensor, 
   const int tile_of_tensor = tile - (tensor > 0 ? table.tile_end[tensor - 1] : 0);
   const bool is_last = tile + 1 == table.tile_end[tensor];
   const int length = is_last ? table.last_tile_length[tensor] : Instance::kTile;
-  const int first_in_tile = static_cast<int>(threadIdx.x) * Instance::kCount;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int first_of_warp = thread / kWarpThreads * kWarpThreads * Instance::kCount;
+  const int first_in_tile = first_of_warp + thread % kWarpThreads * Instance::kPiece;
   const int64_t first = static_cast<int64_t>(tile_of_tensor) * Instance::kTile + first_in_tile;
   const int64_t state = static_cast<int64_t>(table.state_block[tensor]) * kPadding + first;
   const fs_arena& arena = table.arena[table.arena_index[tensor]];
@@ -77,46 +93,37 @@ FS_DEVICE ThreadElements<Instance> locate(const UpdateTable& table, int tensor, 
     at.exp_avg_scale = at_address<uint8_t>(arena.slot[kExpAvgScale], state / Instance::kCount);
     at.exp_avg_sq_scale = at_address<uint8_t>(arena.slot[kExpAvgSqScale], state / Instance::kCount);
   }
+  at.grad = table.grad[tensor];
   at.first = first;
   at.count = length - first_in_tile;
-  at.whole_param = at.count >= Instance::kCount && is_vector_aligned(table.param[tensor]);
   return at;
 }
 
-template <class Grad, class T, int kCount>
-FS_DEVICE Vector<T, kCount> load_grad(uint64_t base, int64_t first, int count) {
-  using Storage = typename Grad::Storage;
-  const bool whole = count >= kCount && is_vector_aligned(base);
-  const auto stored = load_elements<Storage, kCount>(at_address<const Storage>(base, first), count, whole);
-  Vector<T, kCount> grad;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) grad.element[i] = static_cast<T>(Grad::decode(stored.element[i]));
-  return grad;
-}
+// ---- one element -----------------------------------------------------------------------------------
 
-template <class Instance>
-FS_DEVICE Vector<typename Instance::Compute, Instance::kCount> load_grad(const UpdateTable& table, int tensor,
-                                                                         int64_t first, int count) {
-  using Compute = typename Instance::Compute;
-  const uint64_t base = table.grad[tensor];
-  if constexpr (Instance::kWide) {
-    return load_grad<Float64, Compute, Instance::kCount>(base, first, count);
-  } else {
-    switch (table.grad_format) {
-      case kFloat32: return load_grad<Float32, Compute, Instance::kCount>(base, first, count);
-      case kBfloat16: return load_grad<Bfloat16, Compute, Instance::kCount>(base, first, count);
-      default: return load_grad<Float16, Compute, Instance::kCount>(base, first, count);
-    }
+// By its place in its tensor; not in double.
+FS_DEVICE float load_one_grad(const UpdateTable& table, uint64_t base, int64_t element) {
+  switch (table.grad_format) {
+    case kFloat32: return *at_address<const float>(base, element);
+    case kBfloat16: return Bfloat16::decode(*at_address<const uint16_t>(base, element));
+    default: return Float16::decode(*at_address<const uint16_t>(base, element));
   }
 }
 
+// ---- all of a thread's -----------------------------------------------------------------------------
+
 // State past the end of a tensor stays zero whatever the arithmetic gave there: with eps = 0 it is 0/0.
-template <class T, int kCount>
+template <int kPiece, class T, int kCount>
 FS_DEVICE void clear_padding(Vector<T, kCount>& state, int count) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    if (i >= count) state.element[i] = T(0);
+    if (piece_offset<kPiece>(i) >= count) state.element[i] = T(0);
   }
+}
+
+template <int kPiece, class Codec>
+FS_DEVICE void clear_padding(PackedCodes<Codec>& codes, int count) {
+  codes.clear_from(count);
 }
 
 // What a thread has loaded of its elements, as stored.
@@ -125,9 +132,12 @@ struct Stored {
   static constexpr int kCount = Instance::kCount;
   template <class T, bool kPresent>
   using VectorIf = typename std::conditional<kPresent, Vector<T, kCount>, Nothing>::type;
+  template <class Codec>
+  using Moments = typename std::conditional<Instance::kHasScales, PackedCodes<Codec>,
+                                            Vector<typename Codec::Storage, kCount>>::type;
   Vector<typename Instance::Param::Storage, kCount> param;
-  Vector<typename Instance::First::Storage, kCount> exp_avg;
-  Vector<typename Instance::Second::Storage, kCount> exp_avg_sq;
+  Moments<typename Instance::First> exp_avg;
+  Moments<typename Instance::Second> exp_avg_sq;
   VectorIf<typename Instance::Compute, Instance::kHasMax> max_exp_avg_sq;
   VectorIf<typename Instance::Master::Storage, Instance::kHasMaster> kept;
   uint8_t exp_avg_scale;
@@ -135,34 +145,77 @@ struct Stored {
 };
 
 template <class Instance>
-FS_DEVICE Stored<Instance> load(const ThreadElements<Instance>& at) {
-  constexpr int kCount = Instance::kCount;
-  Stored<Instance> stored;
-  stored.param = load_elements<typename Instance::Param::Storage, kCount>(at.param, at.count, at.whole_param);
-  stored.exp_avg = load_vector<typename Instance::First::Storage, kCount>(at.exp_avg);
-  stored.exp_avg_sq = load_vector<typename Instance::Second::Storage, kCount>(at.exp_avg_sq);
+FS_DEVICE void load_state(const ThreadElements<Instance>& at, Stored<Instance>& stored) {
+  constexpr int kPiece = Instance::kPiece;
+  stored.exp_avg = load_vector<decltype(stored.exp_avg), kPiece>(at.exp_avg);
+  stored.exp_avg_sq = load_vector<decltype(stored.exp_avg_sq), kPiece>(at.exp_avg_sq);
   if constexpr (Instance::kHasMax) {
-    stored.max_exp_avg_sq = load_vector<typename Instance::Compute, kCount>(at.max_exp_avg_sq);
+    stored.max_exp_avg_sq = load_vector<decltype(stored.max_exp_avg_sq), kPiece>(at.max_exp_avg_sq);
   }
-  if constexpr (Instance::kHasMaster) stored.kept = load_vector<typename Instance::Master::Storage, kCount>(at.kept);
+  if constexpr (Instance::kHasMaster) stored.kept = load_vector<decltype(stored.kept), kPiece>(at.kept);
   stored.exp_avg_scale = Instance::kHasScales ? __ldcs(at.exp_avg_scale) : 0;
   stored.exp_avg_sq_scale = Instance::kHasScales ? __ldcs(at.exp_avg_sq_scale) : 0;
-  return stored;
+}
+
+// The usual case is one stretch without a branch, so that all loads are on their way before the first value is used:
+// where ways meet, ptxas unpacks what is narrow, and waits for it.
+template <class Grad, class Instance>
+FS_DEVICE Elements<Instance> load_with(const ThreadElements<Instance>& at, Stored<Instance>& stored) {
+  constexpr int kCount = Instance::kCount;
+  constexpr int kPiece = Instance::kPiece;
+  using Storage = typename Grad::Storage;
+  const Storage* const grad = at_address<const Storage>(at.grad, at.first);
+  const bool grad_aligned = is_vector_aligned<Storage, kPiece>(at.grad);
+  Vector<Storage, kCount> raw;
+  if (at.has_all() && at.has_aligned_param() && grad_aligned) {
+    load_state(at, stored);
+    stored.param = load_vector<decltype(stored.param), kPiece>(at.param);
+    raw = load_vector<decltype(raw), kPiece>(grad);
+  } else {
+    load_state(at, stored);
+    stored.param = load_elements<typename Instance::Param::Storage, kCount, kPiece>(at.param, at.count);
+    raw = load_elements<Storage, kCount, kPiece>(grad, at.count);
+  }
+  Elements<Instance> decoded;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    decoded.element[i] = static_cast<typename Instance::Compute>(Grad::decode(raw.element[i]));
+  }
+  return decoded;
+}
+
+template <class Instance>
+FS_DEVICE Elements<Instance> load(const UpdateTable& table, const ThreadElements<Instance>& at,
+                                  Stored<Instance>& stored) {
+  if constexpr (Instance::kWide) {
+    return load_with<Float64>(at, stored);
+  } else {
+    switch (table.grad_format) {
+      case kFloat32: return load_with<Float32>(at, stored);
+      case kBfloat16: return load_with<Bfloat16>(at, stored);
+      default: return load_with<Float16>(at, stored);
+    }
+  }
 }
 
 template <class Instance>
 FS_DEVICE void store(const ThreadElements<Instance>& at, Stored<Instance>& stored) {
-  if (at.count < Instance::kCount) {
-    clear_padding(stored.exp_avg, at.count);
-    clear_padding(stored.exp_avg_sq, at.count);
-    if constexpr (Instance::kHasMax) clear_padding(stored.max_exp_avg_sq, at.count);
-    if constexpr (Instance::kHasMaster) clear_padding(stored.kept, at.count);
+  constexpr int kPiece = Instance::kPiece;
+  if (!at.has_all()) {
+    clear_padding<kPiece>(stored.exp_avg, at.count);
+    clear_padding<kPiece>(stored.exp_avg_sq, at.count);
+    if constexpr (Instance::kHasMax) clear_padding<kPiece>(stored.max_exp_avg_sq, at.count);
+    if constexpr (Instance::kHasMaster) clear_padding<kPiece>(stored.kept, at.count);
   }
-  store_elements(at.param, stored.param, at.count, at.whole_param);
-  store_vector(at.exp_avg, stored.exp_avg);
-  store_vector(at.exp_avg_sq, stored.exp_avg_sq);
-  if constexpr (Instance::kHasMax) store_vector(at.max_exp_avg_sq, stored.max_exp_avg_sq);
-  if constexpr (Instance::kHasMaster) store_vector(at.kept, stored.kept);
+  if (at.has_all() && at.has_aligned_param()) {
+    store_vector<kPiece>(at.param, stored.param);
+  } else {
+    store_elements<kPiece>(at.param, stored.param, at.count);
+  }
+  store_vector<kPiece>(at.exp_avg, stored.exp_avg);
+  store_vector<kPiece>(at.exp_avg_sq, stored.exp_avg_sq);
+  if constexpr (Instance::kHasMax) store_vector<kPiece>(at.max_exp_avg_sq, stored.max_exp_avg_sq);
+  if constexpr (Instance::kHasMaster) store_vector<kPiece>(at.kept, stored.kept);
   if constexpr (Instance::kHasScales) {
     __stcs(at.exp_avg_scale, stored.exp_avg_scale);
     __stcs(at.exp_avg_sq_scale, stored.exp_avg_sq_scale);

@@ -28,6 +28,9 @@ struct dim3 {
 struct __attribute__((may_alias, aligned(16))) uint4 {
   unsigned x, y, z, w;
 };
+struct __attribute__((may_alias, aligned(8))) uint2 {
+  unsigned x, y;
+};
 
 template <class T>
 __forceinline__ T __ldcs(const T* address) {
@@ -41,6 +44,17 @@ __forceinline__ void __stcs(T* address, T value) {
 template <class T>
 __forceinline__ T __ldcg(const T* address) {
   return *address;
+}
+// Each digit of the selector: a byte of the eight, or with 8 added its sign, eight times.
+__forceinline__ unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const unsigned long long bytes = static_cast<unsigned long long>(y) << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned digit = selector >> (4 * i) & 15u;
+    const unsigned byte = static_cast<unsigned>(bytes >> (8 * (digit & 7u))) & 255u;
+    result |= (digit < 8 ? byte : (byte >> 7) * 255u) << (8 * i);
+  }
+  return result;
 }
 __forceinline__ unsigned atomicAdd(unsigned* address, unsigned value) {
   return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);

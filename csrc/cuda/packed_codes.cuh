@@ -1,0 +1,142 @@
+// The 8-bit codes of a group, four to a register: decoded and encoded where all of its numbers are ordinary.
+#pragma once
+
+#include "runtime.h"
+
+namespace fused_sched {
+
+// 2^(scale - 112) is a float up to this one.
+constexpr uint32_t kMaxUnitScale = 239;
+// 2^-scale is a float, be it a subnormal one, up to scale 149: that of magnitudes below this power of two.
+constexpr uint32_t kLargestPackedLog2 = 36;
+
+// A code is a small float's exponent and significand, and so are fp16's upper bits, which processors convert,
+// subnormals included: there the code stands for its value times 2^(112 - scale). Back, a product with 2^-scale has the
+// code among the upper bits of a float (subnormals are rounded where Float8 rounds them).
+template <class Codec>
+struct PackedCodes;
+
+// Two halves as floats.
+FS_DEVICE void decode_halves(uint32_t pair, float& lower, float& upper) {
+#if defined(__CUDA_ARCH__)
+  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}"
+      : "=f"(lower), "=f"(upper)
+      : "r"(pair));
+#else
+  lower = Float16::decode(static_cast<uint16_t>(pair));
+  upper = Float16::decode(static_cast<uint16_t>(pair >> 16));
+#endif
+}
+
+FS_DEVICE float unit_of(uint32_t scale) { return float_of((scale + 15u) << 23); }                  // 2^(scale - 112)
+FS_DEVICE float inverse_of(uint32_t scale) { return float_of((254u - scale) << 23) * 0x1p-127f; }  // 2^-scale
+
+// The highest bit of a byte says whether all of its bits are set, for the lowest such byte at least.
+FS_DEVICE uint32_t full_bytes(uint32_t word) { return (0xfefefefeu - word) & word; }
+
+// Of two registers' eight bytes four, by the digits of `selector`; 8 more than a byte's number repeats its sign.
+FS_DEVICE uint32_t bytes_of(uint32_t first, uint32_t second, uint32_t selector) {
+  return __byte_perm(first, second, selector);
+}
+
+struct CodeWords {
+  uint32_t word[4];
+
+  FS_DEVICE void clear_from(int count) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int kept = count - 4 * i;
+      if (kept < 4) word[i] &= kept > 0 ? (1u << (8 * kept)) - 1u : 0u;
+    }
+  }
+};
+
+template <>
+struct PackedCodes<Moments8bit::First<float>> : CodeWords {
+  using Codec = Moments8bit::First<float>;
+
+  FS_DEVICE bool has_nan() const {
+    uint32_t full = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) full |= full_bytes(word[i] | 0x80808080u);
+    return (full & 0x80808080u) != 0;
+  }
+
+  FS_DEVICE void decode(uint32_t scale, float (&value)[16]) const {
+    const float unit = unit_of(scale);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      // Each code below eight times its sign. Shifted, the lowest of these is fp16's sign; of the others none is left.
+      const uint32_t pair = bytes_of(word[i / 2], 0, i % 2 == 0 ? 0x9180 : 0xb3a2) << 7 & 0xbf80bf80u;
+      decode_halves(pair, value[2 * i], value[2 * i + 1]);
+      value[2 * i] *= unit;
+      value[2 * i + 1] *= unit;
+    }
+  }
+
+  // random: of pairs.
+  FS_DEVICE void encode(const float (&value)[16], uint32_t scale, const uint32_t (&random)[8]) {
+    constexpr uint32_t kDraw = (1u << Codec::kDropped) - 1u;
+    const float inverse = inverse_of(scale);
+    uint32_t pair[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t lower = bits_of(value[2 * i] * inverse) + (random[i] & kDraw);
+      const uint32_t upper = bits_of(value[2 * i + 1] * inverse) + (exchange_halves(random[i]) & kDraw);
+      const uint32_t words = bytes_of(lower, upper, 0x7632);  // each: sign, 0000, seven bits of code, four of the draw
+      pair[i] = (words >> 4 & 0x007f007fu) | (words >> 8 & ~0x007f007fu);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) word[i] = bytes_of(pair[2 * i], pair[2 * i + 1], 0x6420);
+  }
+};
+
+template <>
+struct PackedCodes<Moments8bit::Second<float>> : CodeWords {
+  using Codec = Moments8bit::Second<float>;
+
+  FS_DEVICE bool has_nan() const {
+    uint32_t full = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) full |= full_bytes(word[i]);
+    return (full & 0x80808080u) != 0;
+  }
+
+  FS_DEVICE void decode(uint32_t scale, float (&value)[16]) const {
+    const float unit = unit_of(scale);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t pair = bytes_of(word[i / 2], 0, i % 2 == 0 ? 0x4140 : 0x4342) << 6;
+      decode_halves(pair, value[2 * i], value[2 * i + 1]);
+      value[2 * i] *= unit;
+      value[2 * i + 1] *= unit;
+    }
+  }
+
+  FS_DEVICE void encode(const float (&value)[16], uint32_t scale, const uint32_t (&random)[8]) {
+    const float inverse = inverse_of(scale);
+    uint32_t pair[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t lower = bits_of(value[2 * i] * inverse) + (random[i] >> (32 - Codec::kDropped));
+      const uint32_t upper =
+          bits_of(value[2 * i + 1] * inverse) + (exchange_halves(random[i]) >> (32 - Codec::kDropped));
+      pair[i] = bytes_of(lower, upper, 0x7632) >> (Codec::kDropped - 16);
+    }
+    uint32_t zeros = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      word[i] = bytes_of(pair[2 * i], pair[2 * i + 1], 0x6420);
+      zeros |= full_bytes(~word[i]);
+    }
+    if ((zeros & 0x80808080u) == 0) return;
+    // What is not zero gets a code that is not.
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t one = 1u << (8 * (i % 4));
+      if (value[i] != 0.0f && (word[i / 4] & 255u * one) == 0) word[i / 4] += one;
+    }
+  }
+};
+
+}  // namespace fused_sched
