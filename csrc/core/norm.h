@@ -38,7 +38,7 @@ struct NormState {
   uint32_t blocks_done;  // of the launch that is running; 0 between launches
 };
 
-// Units of work. 16,384 chunks are two for each warp an H200 runs at once; kNormTile keeps short chunks from costing
+// Units of work. 16,384 chunks are four for each warp an H200 runs at once; kNormTile keeps short chunks from costing
 // more in folding than in reading.
 constexpr int64_t kNormChunks = 16384;
 constexpr int64_t kNormTile = 4096;

@@ -48,6 +48,7 @@ struct CallTable {
   bool begins_call;      // decides whether the call is applied; other launches only derive scalars
   bool ends_norm;        // all chunks are summed when this launch ends; its last block adds them
   bool norm_is_reduced;  // the clock comes in a launch of its own, after the sum was replaced
+  bool has_doubles;      // among the gradients
   bool tick;
   uint64_t pool[kPoolBytes / 8];  // gradients, then runs
 

@@ -75,26 +75,36 @@ FS_DEVICE void begin_call(const CallTable& table) {
   if (table.history != nullptr && works) record_groups(table, skipped);
 }
 
-// The first kClockThreads threads each take consecutive tensors, because neighbours share group and step more often
-// than not, and then their scalars, which cost two powers.
+// Of a slot only what its tensor's update reads.
+FS_DEVICE void write_slot(ScalarSlot& to, const ScalarSlot& slot, bool wide) {
+  if (wide) {
+    to.f64 = slot.f64;
+  } else {
+    to.f32 = slot.f32;
+  }
+  to.random = slot.random;
+}
+
+// The first kThreads threads take turns: then what they read and write at a time lies together. Most of a thread's
+// tensors share group and step, and so their scalars, which cost two powers.
+template <int kThreads>
 FS_DEVICE void advance_tensors(const CallTable& table) {
-  if (threadIdx.x >= kClockThreads || table.num_runs == 0) return;
+  if (threadIdx.x >= kThreads || table.num_runs == 0) return;
   const CallRun* const runs = table.runs();
-  const int num_tensors = runs[table.num_runs - 1].end - table.first_tensor;
-  const int tensors_per_thread = (num_tensors + kClockThreads - 1) / kClockThreads;
-  const int first = static_cast<int>(threadIdx.x) * tensors_per_thread;
-  const int end = first + tensors_per_thread < num_tensors ? first + tensors_per_thread : num_tensors;
-  if (first >= end) return;
+  const int end = runs[table.num_runs - 1].end;
+  int tensor = table.first_tensor + static_cast<int>(threadIdx.x);
+  if (tensor >= end) return;
   const bool skipped = table.clock->skipped != 0;
+  const int64_t clock_step = table.clock->step;
   const double grad_scale = grad_scale_of(table);
   const double clip = table.norm != nullptr ? table.norm->clip : 1.0;
 
   ScalarSlot slot;
   int64_t slot_step = 0;
   uint32_t slot_detail = UINT32_MAX;  // of no run: groups are fewer
-  int run = find_entry(runs, table.num_runs, table.first_tensor + first);
-  for (int tensor = table.first_tensor + first; tensor < table.first_tensor + end; ++tensor) {
-    if (tensor >= runs[run].end) ++run;
+  int run = find_entry(runs, table.num_runs, tensor);
+  for (; tensor < end; tensor += kThreads) {
+    while (tensor >= runs[run].end) ++run;
     const uint32_t detail = runs[run].detail;
     const bool wide = (detail & 1u) != 0;
     if (skipped) {
@@ -113,15 +123,14 @@ FS_DEVICE void advance_tensors(const CallTable& table) {
       slot_step = step;
       slot_detail = detail;
     }
-    slot.random =
-        random_key(table.seed, table.clock->step, runs[run].first_ordinal + static_cast<uint32_t>(tensor - begin));
-    table.scalars[tensor] = slot;
+    slot.random = random_key(table.seed, clock_step, runs[run].first_ordinal + static_cast<uint32_t>(tensor - begin));
+    write_slot(table.scalars[tensor], slot, wide);
   }
 }
 
 __global__ void __launch_bounds__(kClockThreads) clock_kernel(FS_KERNEL_TABLE(CallTable) table) {
   if (table.begins_call) begin_call(table);
-  advance_tensors(table);
+  advance_tensors<kClockThreads>(table);
 }
 
 }  // namespace fused_sched

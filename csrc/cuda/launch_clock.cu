@@ -114,6 +114,7 @@ void launch_norm(fs_call& call) {
   table->chunk_length = norm_chunk_length(call);
   std::vector<CallGrad> grads = make_grads(call, table->chunk_length);
   table->num_chunks = grads.empty() ? 0 : grads.back().end;
+  for (const CallGrad& grad : grads) table->has_doubles |= (grad.detail & 3u) == kFloat64;
   const std::vector<CallRun> runs = call.norm_is_reduced ? std::vector<CallRun>() : make_runs(call);
   const size_t num_runs = std::min(runs.size(), kMaxRuns);
   size_t first = 0;

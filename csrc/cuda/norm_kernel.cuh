@@ -93,7 +93,19 @@ FS_DEVICE SquareSum sum_chunk(const typename Codec::Storage* stored, int64_t cou
   const int lane_first = static_cast<int>(threadIdx.x) % kWarpThreads * kCount;
   int64_t first = lane_first;
   if (reinterpret_cast<uint64_t>(stored) % 16 == 0) {
-#pragma unroll 4
+    // All loads of a round before the first sum: left to `#pragma unroll`, each would wait for the one before, because
+    // of the question in between.
+    for (; first + (kNormLoads - 1) * kStride + kCount <= count; first += kNormLoads * kStride) {
+      NormVector<Storage, kCount> vector[kNormLoads];
+#pragma unroll
+      for (int i = 0; i < kNormLoads; ++i) vector[i] = load_plain<Storage, kCount>(stored + first + i * kStride);
+#pragma unroll
+      for (int i = 0; i < kNormLoads; ++i) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) sums.add(j, vector[i].element[j]);
+      }
+    }
+#pragma unroll 1
     for (; first + kCount <= count; first += kStride) {
       const NormVector<Storage, kCount> vector = load_plain<Storage, kCount>(stored + first);
 #pragma unroll
@@ -139,15 +151,32 @@ FS_DEVICE bool is_last_block(NormState& norm) {
   return is_last;
 }
 
+// Past the first-level cache, which does not see other blocks' writes.
+FS_DEVICE SquareSum load_chunk_sum(const SquareSum& sum, bool has_doubles) {
+  return {__ldcg(&sum.middle), has_doubles ? __ldcg(&sum.large) : 0.0, has_doubles ? __ldcg(&sum.small) : 0.0};
+}
+
+// Of one thread, in order; kLoads at once, because the whole GPU waits.
+template <int kLoads>
+FS_DEVICE void add_chunks_of_thread(const CallTable& table, SquareSum& sum, int& chunk) {
+  for (; chunk + (kLoads - 1) * kNormFinalAccumulators < table.num_chunks; chunk += kLoads * kNormFinalAccumulators) {
+    SquareSum other[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      other[i] = load_chunk_sum(table.chunk_sums[chunk + i * kNormFinalAccumulators], table.has_doubles);
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) add(sum, other[i]);
+  }
+}
+
 FS_DEVICE void add_chunks(const CallTable& table) {
   __shared__ SquareSum sums[kNormFinalAccumulators];
   const int thread = static_cast<int>(threadIdx.x);
   SquareSum sum = {};
-  for (int chunk = thread; chunk < table.num_chunks; chunk += kNormFinalAccumulators) {
-    // Past the first-level cache, which does not see other blocks' writes.
-    const SquareSum* const other = table.chunk_sums + chunk;
-    add(sum, {__ldcg(&other->middle), __ldcg(&other->large), __ldcg(&other->small)});
-  }
+  int chunk = thread;
+  add_chunks_of_thread<kNormLoads>(table, sum, chunk);
+  add_chunks_of_thread<1>(table, sum, chunk);
   sums[thread] = sum;
   for (int half = kNormFinalAccumulators / 2; half > 0; half /= 2) {
     __syncthreads();
@@ -168,7 +197,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocksPerSm) norm_kernel(FS
   add_chunks(table);
   if (!table.begins_call) return;
   begin_call(table);
-  advance_tensors(table);
+  advance_tensors<kNormThreads>(table);
 }
 
 }  // namespace fused_sched
