@@ -9,7 +9,7 @@
 | `timing.py` | alternation, flushed caches, medians and spread |
 | `measure.py` | one case: sets up its peers, times them, computes the rest |
 | `bars.py` | the ratios that must be reached |
-| `report.py` | JSON, tables, pictures |
+| `report.py`, `gpu_json.py`, `names.py` | JSON, tables, pictures |
 | `schedule_time.py` | evaluating schedules alone |
 | `gpu_check/` | `make gpu-check`: everything that needs a GPU, in one command |
 | `quality.py` | what formats do to the loss of trained models, by itself |

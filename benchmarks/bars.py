@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from .measure import ROOF, Measured
-from .peers import OURS
+from .measure import Measured
+from .names import OURS, ROOF
 from .timing import median_ratio
 
 Results = Mapping[str, list[Measured]]  # by case

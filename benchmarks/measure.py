@@ -12,10 +12,10 @@ import torch
 
 from . import peers, roof
 from .cases import Case
-from .peers import OURS, Contestant
+from .names import OURS, ROOF
+from .peers import Contestant
 from .timing import CpuTimer, CudaTimer, Timer, Times, alternate, median_ratio, nothing, spread
 
-ROOF = "roof"
 #: On a CPU, the caches may hold what is smaller: no roof is measured beside it.
 BEYOND_CACHES = 100 << 20
 #: Times of one peer differ by a third between runs of a program, by where its pages lie in the caches and the memory's
