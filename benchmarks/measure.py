@@ -109,14 +109,34 @@ def _contestants(case: Case, device: torch.device) -> tuple[list[Contestant], di
             try:
                 contestant = peers.make(peer, case, device)
                 contestant.step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()  # a kernel's error is raised by a later call: this one, not another peer's
                 found.append(contestant)
                 continue
             except Exception as error:  # another package's build, import or step: said in the report
-                reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+                reason = why(error)
+                if is_lost(device):
+                    raise RuntimeError(f"{peer}: {reason}") from error
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
         missing[peer] = reason
     return found, missing
+
+
+def why(error: Exception) -> str:
+    """An error in a line of a report."""
+    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether this process can do no more on its GPU: after an illegal access every call fails as that one did."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _peak_bytes(contestant: Contestant, device: torch.device) -> int | None:

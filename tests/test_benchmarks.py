@@ -394,4 +394,5 @@ def test_progress_without_its_packages(lacking: tuple[str, ...], monkeypatch: py
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", importing)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert list(command.progress("abc", str.upper, 3)) == ["a", "b", "c"]
