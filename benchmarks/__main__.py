@@ -24,13 +24,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import bars, cases, measure, peers, report, schedule_time
+from . import bars, cases, measure, peers, report, schedule_time, timing
+from .cases import Case
 
 SCHEDULES, HEADLINES = "schedules", "headlines"
 #: Of --quick: elements of a case from memory, and seconds per case.
 QUICK_ELEMENTS, QUICK_SECONDS = 1 << 18, 0.02
 #: Before a deadline, for the case that is running, the tables and the picture.
 SECONDS_TO_FINISH = 40.0
+#: Of them, for counting launches.
+SECONDS_TO_COUNT = 15.0
 
 T = TypeVar("T")
 
@@ -112,26 +115,44 @@ def run(options: argparse.Namespace, save: Callable[[dict[str, Any]], object] = 
     chosen = cases.select(cases.all_cases(device.type, elements), ",".join(patterns)) if patterns else []
     names = list(dict.fromkeys(["fused_sched", *(peer for case in chosen for peer in case.peers)]))
     installed = [name for name in names if not peers.absent(name, device)]
-    about = report.conditions(device, peers.versions(installed))
+    about = {**report.conditions(device, peers.versions(installed)), "seconds_per_case": seconds}
+    found = {"device": device.type, "conditions": about, "results": [], "bars": [], "missing": {}, "failed": []}
+    found["schedules"] = []
+    end = end_of_cases(options.budget)
+    if device.type == "cuda":
+        timing.spin_up(device)
+        about["gpu_before"] = report.gpu_state(device)
+    results = measure_cases(chosen, device, end, found, save)
+    if device.type == "cuda":
+        about["gpu_after"] = report.gpu_state(device)
+        save(found)
+        counted = [case for case in chosen if case.key in results]
+        count_launches(counted, results, device, end + SECONDS_TO_COUNT, found)
+    if SCHEDULES in words or "*" in words:
+        if time.monotonic() > end:
+            found["missing"][SCHEDULES] = "the time was over"
+        else:
+            found["schedules"] = schedule_time.measure(1 if options.quick else 7)
+    return found
+
+
+def measure_cases(
+    chosen: list[Case],
+    device: torch.device,
+    end: float,
+    found: dict[str, Any],
+    save: Callable[[dict[str, Any]], object],
+) -> bars.Results:
+    """Measure cases into the report `found`, up to the end or the GPU's."""
     results: dict[str, list[measure.Measured]] = {}
-    found: dict[str, Any] = {
-        "device": device.type,
-        "conditions": {**about, "seconds_per_case": seconds},
-        "results": [],
-        "bars": [],
-        "missing": {},
-        "failed": [],
-        "schedules": [],
-    }
     missing: dict[str, str] = found["missing"]
     lost_in = ""
-    end = end_of_cases(options.budget)
     for case in progress(chosen, lambda case: case.key, len(chosen)):
         if lost_in or time.monotonic() > end:
             missing[case.key] = f"the GPU was lost in {lost_in}" if lost_in else "the time was over"
             continue
         try:
-            results[case.key], absent = measure.measure(case, device, seconds)
+            results[case.key], absent = measure.measure(case, device, found["conditions"]["seconds_per_case"])
         except torch.cuda.OutOfMemoryError as error:
             absent = {case.key: measure.why(error)}
         except Exception as error:
@@ -141,14 +162,26 @@ def run(options: argparse.Namespace, save: Callable[[dict[str, Any]], object] = 
             lost_in = case.key if measure.is_lost(device) else ""
         missing |= absent
         found["results"] = [measured.row for rows in results.values() for measured in rows]
-        found["bars"] = bars.as_rows(bars.verdicts(device.type, results))
+        compiled_pass = found["conditions"].get("compiled_pass")
+        found["bars"] = bars.as_rows(bars.verdicts(device.type, results, compiled_pass))
         save(found)
-    if SCHEDULES in words or "*" in words:
+    return results
+
+
+def count_launches(
+    measured: list[Case], results: bars.Results, device: torch.device, end: float, found: dict[str, Any]
+) -> None:
+    """Add them to the rows of these cases, as far as the time goes."""
+    for case in measured:
         if time.monotonic() > end:
-            missing[SCHEDULES] = "the time was over"
-        else:
-            found["schedules"] = schedule_time.measure(1 if options.quick else 7)
-    return found
+            return
+        try:
+            counted = measure.launches(case, device)
+        except Exception as error:  # the profiler's; and nothing works on a GPU that was lost
+            found["missing"]["launches"] = measure.why(error)
+            return
+        for peer in results[case.key]:
+            peer.row["launches"] = counted.get(peer.row["peer"])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from fused_sched import backends
+from fused_sched import backends, steady
 
+from . import nvidia_smi
 from .gpu_json import by_case, gpu_json, row_of
 from .names import OURS, RIVAL, ROOF
 
@@ -52,7 +53,7 @@ def conditions(device: torch.device, versions: dict[str, str]) -> dict[str, Any]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {"multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}
-        return found | {"cuda": torch.version.cuda}
+        return found | {"cuda": torch.version.cuda, "compiled_pass": compiled_pass(device)}
     module = backends.select("auto", device).module
     return found | {
         "threads": torch.get_num_threads(),
@@ -60,6 +61,18 @@ def conditions(device: torch.device, versions: dict[str, str]) -> dict[str, Any]
         "instruction_set": module.instruction_set() if module is not None else "reference",
         "load_before": round(os.getloadavg()[0], 2),
     }
+
+
+def compiled_pass(device: torch.device) -> bool:
+    """Whether steady steps are recognised by it: torch must have what it reads tensors with (`fused_sched.steady`)."""
+    return steady._EXCHANGE_API is not None and backends.select("auto", device).module is not None
+
+
+def gpu_state(device: torch.device) -> dict[str, str]:
+    """Driver, clocks and temperature, where nvidia-smi tells; empty for a CPU."""
+    if device.type != "cuda":
+        return {}
+    return nvidia_smi.query(nvidia_smi.STATE, f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
 
 def device_name(device: torch.device) -> str:
@@ -184,6 +197,9 @@ def described(report: dict[str, Any]) -> str:
     where = f"{about['device']}, {versions}, commit {about['commit']}"
     if "threads" in about:
         where += f"; {about['threads']} threads on {about['cores']} cores, {about['instruction_set']}"
+    for when in ("before", "after"):
+        if state := about.get(f"gpu_{when}"):
+            where += f"; {when} it " + ", ".join(f"{name} {value}" for name, value in state.items())
     return f"{where}. Medians of alternating steps in one process, quartiles in parentheses."
 
 
