@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check import build, stages, torch_checks
+from benchmarks.gpu_check import build, stages
 from benchmarks.gpu_check.stages import ROOT, Stage
 
 #: All kinds of stages but those that repeat others' commands or other tests, and those that other tests here run.
@@ -32,19 +32,6 @@ def test_a_dry_run_end_to_end(tmp_path: Path) -> None:
     made = json.loads((tmp_path / "gpu.json").read_text())
     assert [case["case"] for case in made["cases"]] == ["split16_fp32", "split16_bf16"]
     assert (tmp_path / "cpu.png").exists()
-
-
-def test_torch_checks_in_small(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["torch_checks", "--dry-run"])
-    assert torch_checks.main() == 0
-    shown = capsys.readouterr().out
-    assert (shown.count("ok     "), shown.count("left   ")) == (1, 3)
-
-
-def test_torch_checks_see_steps_that_differ() -> None:
-    a, b = (torch_checks.Training("cpu", *torch_checks.FORMATS[0]) for _ in range(2))
-    b.optimizer.param_groups[0]["weight_decay"] = 0.2
-    assert torch_checks.check_replays(a, b) == "step 1 of a replayed graph differs from the eager one"
 
 
 def test_the_self_test_sees_a_bit(tmp_path: Path) -> None:
