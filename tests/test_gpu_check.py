@@ -37,14 +37,38 @@ def test_a_dry_run_end_to_end(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == six
 
 
-def test_the_self_test_sees_a_bit(tmp_path: Path) -> None:
+def selftest(folder: Path, mode: str, elements: int, flag: str = "") -> tuple[int, list[str]]:
+    """Exit status and lines of a self-test without a GPU."""
     if not list(build.OBJECTS.glob("csrc.cpu.*.o")):
         pytest.skip("the package was not built in this checkout")
-    program = build.build(tmp_path, True, "-DFS_PLANTED_ERROR")
-    done = subprocess.run([program, "small", tmp_path / "schedule"], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "FAILED param of tensor 0: byte 0 of 4 differs" in done.stdout
-    assert done.stdout.endswith("small: FAILED\n")
+    program = build.build(folder, True, *filter(None, [flag]))
+    command = [program, mode, folder / "schedule", str(elements)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_the_self_test_sees_a_bit(tmp_path: Path) -> None:
+    status, lines = selftest(tmp_path, "small", 0, "-DFS_PLANTED_ERROR")
+    assert status == 1
+    assert "FAILED param of tensor 0: byte 0 of 4 differs" in lines
+    assert lines[-1] == "small: FAILED"
+
+
+@pytest.mark.parametrize("flag", ["", "-DFS_PLANTED_ERROR"])
+def test_roots_and_quotients_are_compared(tmp_path: Path, flag: str) -> None:
+    status, lines = selftest(tmp_path, "roots", 1 << 12, flag)
+    assert status == int(bool(flag))
+    formats = ["fp32 parameters, none + 8bit", "fp32 parameters, none + fp32", "bf16 parameters, split16 + bf16"]
+    state = "FAILED" if flag else "ok    "
+    compared = [line for line in lines if "roots and quotients" in line]
+    assert compared == [f"{state} roots and quotients of 4096 floats: {names}" for names in formats]
+
+
+def test_a_profiler_sees_steps_of_both_kinds_after_others(tmp_path: Path) -> None:
+    status, lines = selftest(tmp_path, "once", 1 << 12, "-DFS_SHOWN_CALLS")
+    assert (status, lines[-1]) == (0, "once: done")
+    warm = ["norm", "update", "clock", "update"] * 10
+    assert lines[1:-1] == [*warm, "profile", "norm", "update", "clock", "update", "no more"] * 3
 
 
 @pytest.fixture
