@@ -297,6 +297,7 @@ def test_commands_of_a_real_run(tmp_path: Path) -> None:
     files = stages.tests_for_gpu()
     assert {"tests/test_norm.py", "tests/test_ops.py", "tests/test_adam.py"} <= set(files)
     assert all((ROOT / file).exists() for file in files)
+    assert not {"tests/test_gpu_check.py", "tests/test_tests_by_file.py"} & set(files)
     # They are run where DeepSpeed, timm and optax are not.
     assert not any("test_live_" in file for file in files)
 

@@ -50,6 +50,7 @@ def test_a_check_that_raises_ends_no_other(capsys: pytest.CaptureFixture[str], m
         f"FAILED {formats}: Raises. RuntimeError: CUDA error: an illegal memory access was encountered",
         f"left   {formats}: Cannot tell. CUPTI is missing",
         f"ok     {formats}: Is good.",
+        f"FAILED {formats}: Raises. RuntimeError: CUDA error: an illegal memory access was encountered",
         "1 checks failed",
     ]
 

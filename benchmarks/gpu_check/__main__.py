@@ -127,9 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
                 outcomes.append(Outcome("report", "failed", 0.0, "the benchmark left none"))
         results.write(WORK, outcomes, device)
         results.copy(WORK, out, kept)
-    show("", *map(results.line, outcomes))
-    if "benchmark" in wanted:
-        show(results.compact(WORK))
+    show("", *map(results.line, outcomes), *([results.compact(WORK)] if "benchmark" in wanted else []))
     return int(any(outcome.state == "failed" for outcome in outcomes))
 
 

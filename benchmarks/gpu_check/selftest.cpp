@@ -4,9 +4,9 @@
 //     selftest check|small|roots|once SCHEDULE [elements]
 //
 // check: every combination of formats, aligned and misaligned, many tensors, a skipped step; and roots. small: a few of
-// them, for compute-sanitizer. roots: the GPU's roots and quotients, which begin with its approximate instructions, of
-// every mantissa. once: updates of three formats, of which a profiler sees the last. SCHEDULE: a file with a schedule
-// program.
+// them, for compute-sanitizer. roots: the GPU's roots and quotients, which begin with its approximate instructions, for
+// gradients of every mantissa. once: updates of three formats, of which a profiler sees the last. SCHEDULE: a file with
+// a schedule program.
 #include "problem.h"
 
 using namespace fused_sched;
@@ -51,8 +51,9 @@ float float_of(uint32_t bits) {
   return value;
 }
 
-// The first step of a zero weight divides nearly equal numbers, of every mantissa in both binades that a root tells
-// apart; after the second, quotients differ. A tensor of magnitudes from subnormal to 2^63 stands beside it.
+// Gradients are all floats from 1 to 4, the two binades that a root tells apart. The first step of a zero weight
+// divides nearly equal numbers; in the second, quotients differ. A tensor of magnitudes from subnormal to 2^63 stands
+// beside it.
 bool check_roots(const Formats& formats, int64_t count) {
   Problem problem(formats, {count, std::min(count, kRandomFloats)}, 0, "");
   problem.clear_weights();

@@ -35,6 +35,7 @@ PYTEST = (
 )
 #: pytest's status where no test was chosen.
 NOTHING_CHOSEN = 5
+NOT_BEGUN = "not begun"
 COUNTED = re.compile(r"(\d+) (passed|failed|error|skipped|xfailed|xpassed|deselected)")
 
 
@@ -43,7 +44,7 @@ class Result:
     """What became of a file."""
 
     file: str
-    state: str  # ok, failed, left
+    state: str  # ok, failed, left, or not begun, when the time was over: no success either
     seconds: float
     why: str = ""
     output: str = ""
@@ -54,7 +55,7 @@ def run_file(file: str, limit: float, deadline: float) -> Result:
     """Its tests, in a process."""
     left = min(limit, deadline - SECONDS_TO_FINISH - time.time())
     if left < 1.0:
-        return Result(file, "failed", 0.0, "not begun: the time was over")
+        return Result(file, NOT_BEGUN, 0.0)
     begin = time.monotonic()
     # Packages of this machine may come with plugins of pytest that warn, and warnings are errors.
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -99,7 +100,10 @@ def lacking_package(output: str) -> str:
 
 def summary(results: Sequence[Result]) -> list[str]:
     """Files that did not pass, failed tests, and the sum."""
-    lines = [f"{r.state:7} {r.file:36} {r.seconds:6.1f} s  {r.why}".rstrip() for r in results if r.state != "ok"]
+    late = [result.file for result in results if result.state == NOT_BEGUN]
+    lines = [f"{NOT_BEGUN}: {' '.join(late)}"] if late else []
+    ended = [result for result in results if result.state in ("failed", "left")]
+    lines += [f"{r.state:7} {r.file:36} {r.seconds:6.1f} s  {r.why}".rstrip() for r in ended]
     for result in (r for r in results if r.state == "failed"):
         lines += re.findall(r"^(?:FAILED|ERROR) tests/.*", result.output, re.M)
     total: Counter[str] = sum((result.counts for result in results), Counter())
@@ -124,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
             results.append(result)
             print(f"---- {result.state} {result.file} {result.seconds:.1f} s\n{result.output}", flush=True)
     print("\n".join(summary(sorted(results, key=lambda result: result.file))), flush=True)
-    return int(any(result.state == "failed" for result in results))
+    return int(any(result.state in ("failed", NOT_BEGUN) for result in results))
 
 
 if __name__ == "__main__":

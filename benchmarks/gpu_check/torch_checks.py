@@ -188,14 +188,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--dry-run", action="store_true")
     device = "cpu" if parser.parse_args().dry_run else "cuda"
-    failures = 0
+    failed = []
     for formats in FORMATS[1:2] if device == "cpu" else FORMATS:
         dtype, master, moments = formats
         for words, state, why in results(device, formats):
-            failures += state == "FAILED"
-            print(f"{state:6} {dtype}, {master} + {moments}: {words} {why}".rstrip(), flush=True)
-    print(f"{failures} checks failed" if failures else "no check failed")
-    return int(failures > 0)
+            line = f"{state:6} {dtype}, {master} + {moments}: {words} {why}".rstrip()
+            print(line, flush=True)
+            failed += [line] if state == "FAILED" else []
+    # Once more: of a stage that failed the last lines are shown, and tracebacks are long.
+    print("\n".join([*failed, f"{len(failed)} checks failed" if failed else "no check failed"]))
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
