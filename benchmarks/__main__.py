@@ -116,8 +116,8 @@ def run(options: argparse.Namespace, save: Callable[[dict[str, Any]], object] = 
     names = list(dict.fromkeys(["fused_sched", *(peer for case in chosen for peer in case.peers)]))
     installed = [name for name in names if not peers.absent(name, device)]
     about = {**report.conditions(device, peers.versions(installed)), "seconds_per_case": seconds}
-    found = {"device": device.type, "conditions": about, "results": [], "bars": [], "missing": {}, "failed": []}
-    found["schedules"] = []
+    found: dict[str, Any] = {"device": device.type, "conditions": about, "results": [], "bars": []}
+    found |= {"missing": {}, "failed": [], "schedules": []}
     end = end_of_cases(options.budget)
     if device.type == "cuda":
         timing.spin_up(device)
