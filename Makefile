@@ -40,7 +40,8 @@ bench: build
 	@$(PY) -m benchmarks $(ARGS)
 
 # All that needs a GPU, in less than ten minutes, with the torch that is there and no network. It builds by itself, for
-# that GPU alone. ARGS=--dry-run: on the CPU.
+# that GPU alone. The same as `python3 -m benchmarks.gpu_check`, in $(VENV) if that is there. ARGS=--dry-run: on the
+# CPU. ARGS='--out DIR': six files into DIR, for a machine whose files you copy back.
 gpu-check:
 	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
 

@@ -7,9 +7,9 @@
 | `peers.py` | who is measured: one function per optimizer that prepares its step |
 | `roof.py`, `stream.cpp` | what the memory can do: a copy on a GPU, the same reads and writes on a CPU |
 | `timing.py` | alternation, flushed caches, medians and spread |
-| `measure.py` | one case: sets up its peers, times them, computes the rest |
+| `measure.py`, `profiled.py` | one case: sets up its peers, times them, computes the rest; what the profiler saw |
 | `bars.py` | the ratios that must be reached |
-| `report.py` | JSON, tables, pictures |
+| `report.py`, `gpu_json.py`, `names.py`, `nvidia_smi.py` | conditions, JSON, tables, pictures |
 | `schedule_time.py` | evaluating schedules alone |
 | `gpu_check/` | `make gpu-check`: everything that needs a GPU, in one command |
 | `quality.py` | what formats do to the loss of trained models, by itself |

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from .measure import ROOF, Measured
-from .peers import OURS
+from .measure import Measured
+from .names import OURS, ROOF
 from .timing import median_ratio
 
 Results = Mapping[str, list[Measured]]  # by case
@@ -74,8 +74,11 @@ BARS = [
 MOST_HOST_US = 120.0
 
 
-def verdicts(device: str, results: Results) -> Iterator[Verdict]:
-    """Of every bar of the device whose two sides were measured."""
+def verdicts(device: str, results: Results, compiled_pass: bool | None = None) -> Iterator[Verdict]:
+    """Of every bar of the device whose two sides were measured.
+
+    compiled_pass: whether steady steps were recognised by it (`fused_sched.steady`), which the host's time depends on.
+    """
     for bar in BARS:
         if bar.device != device:
             continue
@@ -90,7 +93,8 @@ def verdicts(device: str, results: Results) -> Iterator[Verdict]:
             yield Verdict(bar, median_ratio(slow.times.seconds, fast.times.seconds))
     host = _find(results, "host/300 tensors", OURS)
     if device == "cuda" and host is not None:
-        bar = Bar("cuda", "host/300 tensors", f"{MOST_HOST_US:g} us", "host time", 1.0)
+        how = {None: "", True: ", compiled pass", False: ", no compiled pass"}[compiled_pass]
+        bar = Bar("cuda", "host/300 tensors", f"{MOST_HOST_US:g} us", f"host time{how}", 1.0)
         yield Verdict(bar, MOST_HOST_US / host.row["host_us"])
 
 

@@ -12,10 +12,11 @@ import torch
 
 from . import peers, roof
 from .cases import Case
-from .peers import OURS, Contestant
+from .names import OURS, ROOF
+from .peers import Contestant
+from .profiled import kernels as profiled_kernels
 from .timing import CpuTimer, CudaTimer, Timer, Times, alternate, median_ratio, nothing, spread
 
-ROOF = "roof"
 #: On a CPU, the caches may hold what is smaller: no roof is measured beside it.
 BEYOND_CACHES = 100 << 20
 #: Times of one peer differ by a third between runs of a program, by where its pages lie in the caches and the memory's
@@ -72,9 +73,7 @@ def measure(case: Case, device: torch.device, seconds: float) -> tuple[list[Meas
 
 def _trial(case: Case, device: torch.device, seconds: float) -> tuple[list[Measured], dict[str, str]]:
     """Everybody in memory of their own, timed."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    _free(device)
     contestants, missing = _contestants(case, device)
     if OURS not in [c.peer for c in contestants]:
         return [], missing
@@ -87,6 +86,12 @@ def _trial(case: Case, device: torch.device, seconds: float) -> tuple[list[Measu
     return list(map(Measured, rows, alternate(everyone, _timer(case, device), seconds))), missing
 
 
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def moved_bytes(case: Case, contestant: Contestant) -> float:
     """Per element, the fewest a step can read and write: state and parameter both, the gradient once, and once more
     for its norm."""
@@ -96,7 +101,7 @@ def moved_bytes(case: Case, contestant: Contestant) -> float:
 
 def _timer(case: Case, device: torch.device) -> Timer:
     if device.type == "cuda":
-        return CudaTimer(device)
+        return CudaTimer(device, case.burst)
     return CpuTimer(case.burst, roof.settler(torch.get_num_threads()))
 
 
@@ -109,14 +114,34 @@ def _contestants(case: Case, device: torch.device) -> tuple[list[Contestant], di
             try:
                 contestant = peers.make(peer, case, device)
                 contestant.step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()  # a kernel's error is raised by a later call: this one, not another peer's
                 found.append(contestant)
                 continue
             except Exception as error:  # another package's build, import or step: said in the report
-                reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+                reason = why(error)
+                if is_lost(device):
+                    raise RuntimeError(f"{peer}: {reason}") from error
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
         missing[peer] = reason
     return found, missing
+
+
+def why(error: Exception) -> str:
+    """An error in a line of a report."""
+    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether this process can do no more on its GPU: after an illegal access every call fails as that one did."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _peak_bytes(contestant: Contestant, device: torch.device) -> int | None:
@@ -132,16 +157,23 @@ def _peak_bytes(contestant: Contestant, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _launches(contestant: Contestant, device: torch.device) -> int | None:
-    """Kernels of a step, as the profiler sees them; none is told on a CPU."""
-    if device.type != "cuda":
-        return None
+def launches(case: Case, device: torch.device) -> dict[str, int | None]:
+    """Kernels of a step on a GPU by peer, as the profiler sees them; None where it sees none.
+
+    To be called when everything has been timed: what the profiler leaves in a process may make launches dearer.
+    """
+    _free(device)
+    return {contestant.peer: _launches(contestant) for contestant in _contestants(case, device)[0]}
+
+
+def _launches(contestant: Contestant) -> int | None:
     from torch.profiler import ProfilerActivity, profile
 
+    contestant.prepare()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         contestant.step()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())
+    return len(profiled_kernels(profiled.events())) or None
 
 
 def _roof(case: Case, ours: Contestant, device: torch.device) -> roof.Roof | None:
@@ -165,7 +197,7 @@ def _row(case: Case, contestant: Contestant, device: torch.device) -> dict[str, 
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "kept_bytes_per_param": contestant.kept_bytes(),
         "bytes_per_param": moved_bytes(case, contestant),
-        "launches": _launches(contestant, device),
+        "launches": None,
         "peak_extra_bytes": _peak_bytes(contestant, device),
     }
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from fused_sched import FusedScheduledAdam, ops, schedules
 
 from .cases import Case
+from .names import OURS
 from .timing import Step, nothing
 
 LR, WEIGHT_DECAY, MAX_NORM = 1e-3, 0.01, 1.0
-OURS = "fused_sched"
 
 
 @dataclass

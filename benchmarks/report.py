@@ -6,16 +6,17 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fused_sched import backends
+from fused_sched import backends, steady
 
-from .measure import ROOF
-from .peers import OURS
+from . import nvidia_smi
+from .gpu_json import by_case, gpu_json, row_of
+from .names import OURS, RIVAL, ROOF
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +36,6 @@ HEADLINES = {
     "cache/kernel alone": "64K elements in cache, the kernels alone",
     "host/300 tensors": "300 tensors of 64 elements",
 }
-RIVAL = "torch fused"
 #: Where a row of the summary compares others.
 PAIRS = {"cache/kernel alone": ("fused_sched.ops, prepared", "torch kernel")}
 
@@ -53,7 +53,7 @@ def conditions(device: torch.device, versions: dict[str, str]) -> dict[str, Any]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {"multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}
-        return found | {"cuda": torch.version.cuda}
+        return found | {"cuda": torch.version.cuda, "compiled_pass": compiled_pass(device)}
     module = backends.select("auto", device).module
     return found | {
         "threads": torch.get_num_threads(),
@@ -61,6 +61,18 @@ def conditions(device: torch.device, versions: dict[str, str]) -> dict[str, Any]
         "instruction_set": module.instruction_set() if module is not None else "reference",
         "load_before": round(os.getloadavg()[0], 2),
     }
+
+
+def compiled_pass(device: torch.device) -> bool:
+    """Whether steady steps are recognised by it: torch must have what it reads tensors with (`fused_sched.steady`)."""
+    return steady._EXCHANGE_API is not None and backends.select("auto", device).module is not None
+
+
+def gpu_state(device: torch.device) -> dict[str, str]:
+    """Driver, clocks and temperature, where nvidia-smi tells; empty for a CPU."""
+    if device.type != "cuda":
+        return {}
+    return nvidia_smi.query(nvidia_smi.STATE, f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
 
 def device_name(device: torch.device) -> str:
@@ -78,47 +90,20 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """Of this checkout, with a + if files differ from it; None outside of git."""
+    """Of this checkout, with a + if files differ from it; None outside of git.
+
+    $FUSED_SCHED_COMMIT goes before: a copy of the files may have come without .git.
+    """
+    if named := os.environ.get("FUSED_SCHED_COMMIT"):
+        return named
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        if head.returncode != 0:
+            return None
         changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "csrc", "fused_sched"], cwd=ROOT)
     except OSError:
         return None
-    return head.stdout.strip() + "+" * (changed.returncode != 0) if head.returncode == 0 else None
-
-
-def gpu_json(report: dict[str, Any]) -> dict[str, Any]:
-    """The formats of a report in the shape that benchmarks/results/gpu.json has: a case per format."""
-    cases = []
-    for key, rows in by_case(report["results"]).items():
-        suite, name = key.split("/", 1)
-        ours, ceiling, rival = (_row(rows, peer) for peer in (OURS, ROOF, RIVAL))
-        if suite != "formats" or ours is None:
-            continue
-        cases.append(
-            {
-                "case": name,
-                "n": ours["n"],
-                "bytes_per_param": ours["bytes_per_param"],
-                "ms": ours["ms"],
-                "gbps": ours["gbps"],
-                "copy_gbps": ceiling["gbps"] if ceiling else None,
-                "torch_ms": rival["ms"] if rival else None,
-            }
-        )
-    about = report["conditions"]
-    return {"gpu": about["device"], "torch": about["versions"]["torch"], "commit": about["commit"], "cases": cases}
-
-
-def by_case(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in results:
-        found.setdefault(f"{row['suite']}/{row['case']}", []).append(row)
-    return found
-
-
-def _row(rows: Sequence[dict[str, Any]], peer: str) -> dict[str, Any] | None:
-    return next((row for row in rows if row["peer"] == peer), None)
+    return head.stdout.strip() + "+" * (changed.returncode != 0)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------
@@ -138,7 +123,7 @@ def summary(report: dict[str, Any]) -> str:
 def _headlines(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     cases = by_case(report["results"])
     for key, words in HEADLINES.items():
-        ours, rival = (_row(cases.get(key, []), peer) for peer in PAIRS.get(key, (OURS, RIVAL)))
+        ours, rival = (row_of(cases.get(key, []), peer) for peer in PAIRS.get(key, (OURS, RIVAL)))
         if ours is not None and rival is not None:
             yield words, ours, rival
 
@@ -212,6 +197,9 @@ def described(report: dict[str, Any]) -> str:
     where = f"{about['device']}, {versions}, commit {about['commit']}"
     if "threads" in about:
         where += f"; {about['threads']} threads on {about['cores']} cores, {about['instruction_set']}"
+    for when in ("before", "after"):
+        if state := about.get(f"gpu_{when}"):
+            where += f"; {when} it " + ", ".join(f"{name} {value}" for name, value in state.items())
     return f"{where}. Medians of alternating steps in one process, quartiles in parentheses."
 
 
@@ -255,20 +243,30 @@ def draw(report: dict[str, Any], path: Path, description: str = "") -> None:
         figure.savefig(path, dpi=150, metadata=metadata)
 
 
+def save(report: dict[str, Any], folder: Path) -> list[Path]:
+    """The numbers, which the rest is made of: <device>.json, and gpu.json of a GPU."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {f"{report['device']}.json": report}
+    if report["device"] == "cuda":
+        contents["gpu.json"] = gpu_json(report)
+    for name, content in contents.items():
+        # Whoever is killed while writing leaves the file of before.
+        partial = folder / f"{name}.partial"
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.replace(folder / name)
+    return [folder / name for name in contents]
+
+
 def write(report: dict[str, Any], folder: Path) -> list[Path]:
     """All files of a report, named after its device type."""
-    folder.mkdir(parents=True, exist_ok=True)
+    paths = save(report, folder)
     name = report["device"]
-    paths = [folder / f"{name}.json", folder / f"{name}.md"]
-    paths[0].write_text(json.dumps(report, indent=1) + "\n")
-    paths[1].write_text(markdown(report))
+    paths.append(folder / f"{name}.md")
+    paths[-1].write_text(markdown(report))
     if any(True for _ in _headlines(report)):
         try:
             draw(report, folder / f"{name}.png")
             paths.append(folder / f"{name}.png")
         except ImportError:
             print("no picture: matplotlib is not installed")
-    if name == "cuda":
-        paths.append(folder / "gpu.json")
-        paths[-1].write_text(json.dumps(gpu_json(report), indent=1) + "\n")
     return paths

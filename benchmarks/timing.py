@@ -16,10 +16,12 @@ import torch
 Step = Callable[[], object]
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
-#: More than the caches of any GPU and its neighbours in a rotation: an H200's L2 has 50 MB.
+#: More than the caches of any GPU and its neighbours in a rotation: an H200's L2 has 60 MB.
 FLUSH_BYTES = 256 << 20
 #: Cycles for which a GPU is kept busy before a timed step, so that the host is ahead of it: some 0.1 ms.
 AHEAD_CYCLES = 200_000
+#: Of copies before the first case: a GPU that has been idle is at a fraction of its clock.
+SPIN_UP_SECONDS = 1.0
 
 
 def nothing() -> None:
@@ -98,28 +100,51 @@ class CpuTimer:
 
 
 class CudaTimer:
-    """Time between events around one call, with an L2 cache full of something else.
+    """Time between events around a call, with an L2 cache full of something else; or around a burst of calls that find
+    there what they left, divided by their number.
 
-    The device has work to do while the host enqueues the step, so that its time holds no waiting for the host.
+    The device has work to do while the host enqueues the steps, so that its time holds no waiting for the host. That is
+    so as long as the queue takes all their launches: with about 1,000 in it the host waits.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    def __init__(self, device: torch.device, burst: int = 1) -> None:
+        self._burst = burst
+        self._flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.float32, device=device)
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def __call__(self, step: Step) -> Sample:
         torch.cuda.synchronize()
         begin, processor = time.perf_counter(), time.process_time()
-        step()
+        for _ in range(self._burst):
+            step()
         host, processor = time.perf_counter() - begin, time.process_time() - processor
         torch.cuda.synchronize()
-        self._flush.fill_(0)
+        if self._burst > 1:
+            for _ in range(STEPS_INTO_CACHE):
+                step()
+        else:
+            self._flush.fill_(0.0)
+            self._flush.sum()  # else as much as the cache holds is still to be written, while the step is timed
         torch.cuda._sleep(AHEAD_CYCLES + int(4e9 * host))  # cycles of some 0.5 ns
         self._begin.record()
-        step()
+        for _ in range(self._burst):
+            step()
         self._end.record()
         self._end.synchronize()
-        return Sample(self._begin.elapsed_time(self._end) * 1e-3, host, processor)
+        seconds = self._begin.elapsed_time(self._end) * 1e-3
+        return Sample(seconds / self._burst, host / self._burst, processor / self._burst)
+
+
+def spin_up(device: torch.device) -> None:
+    """Copies, until the clocks of a GPU are where work keeps them."""
+    if device.type != "cuda":
+        return
+    source, target = (torch.empty(FLUSH_BYTES // 4, dtype=torch.float32, device=device) for _ in range(2))
+    end = time.perf_counter() + SPIN_UP_SECONDS
+    while time.perf_counter() < end:
+        for _ in range(10):
+            target.copy_(source)
+        torch.cuda.synchronize()
 
 
 Timer = Callable[[Step], Sample]

@@ -17,8 +17,8 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import bars, cases, measure, peers, report, roof, schedule_time, shapes, timing
 from benchmarks.cases import LADDER, Case
-from benchmarks.measure import ROOF, Measured
-from benchmarks.peers import OURS
+from benchmarks.measure import Measured
+from benchmarks.names import OURS, ROOF
 from benchmarks.timing import Sample, Times
 
 CPU = torch.device("cpu")
@@ -330,8 +330,8 @@ def test_the_summary_compares_what_a_row_names() -> None:
 
 
 def test_a_gpu_report_has_gpu_json(found: dict[str, Any], tmp_path: Path) -> None:
-    paths = report.write({**found, "device": "cuda"}, tmp_path)
-    assert json.loads(paths[-1].read_text()) == report.gpu_json(found)
+    report.write({**found, "device": "cuda"}, tmp_path)
+    assert json.loads((tmp_path / "gpu.json").read_text()) == report.gpu_json(found)
 
 
 def test_schedules_are_slowest_first(found: dict[str, Any]) -> None:
@@ -394,4 +394,5 @@ def test_progress_without_its_packages(lacking: tuple[str, ...], monkeypatch: py
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", importing)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert list(command.progress("abc", str.upper, 3)) == ["a", "b", "c"]

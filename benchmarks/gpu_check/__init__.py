@@ -1,3 +1,11 @@
-"""Everything that needs a GPU, in one command: `make gpu-check`. `stages.py` lists what is done, and how long it may
-take; `selftest.cpp` compares the kernels with the CPU build, `torch_checks.py` looks at steps as a user of torch does.
+"""Everything that needs a GPU, in one command: `make gpu-check`.
+
+| file | holds |
+|---|---|
+| `stages.py` | what is done, and how long it may take |
+| `build.py`, `selftest.cpp`, `exports.cpp` | the kernels against the CPU build, without torch |
+| `torch_checks.py` | steps as a user of torch sees them |
+| `tests_by_file.py` | the tests marked `cuda`, a process per file |
+| `processes.py` | commands that end in time, with all that they have started |
+| `results.py` | the files that are kept |
 """

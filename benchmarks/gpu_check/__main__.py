@@ -1,47 +1,55 @@
-"""Everything that needs a GPU, in one command of less than ten minutes, without a network.
+"""Everything that needs a GPU, in one command of less than nine minutes, without a network.
 
-    python -m benchmarks.gpu_check [--dry-run] [--only build,selftest,...] [--out DIR]
+    python3 -m benchmarks.gpu_check [--dry-run] [--only build,selftest,...] [--from benchmark] [--out DIR] [--total 520]
 
-Builds with the torch that is there; compares every byte of the kernels' results with the CPU build's; runs the tests
-marked `cuda`, checks that nobody waits, the benchmark, compute-sanitizer and ncu. Each stage runs whatever became of
-the others; the exit status is 1 if one failed. Results are DIR/gpu.json and the benchmark's report (cuda.json,
-.md, .png), by default in benchmarks/results; logs are in build/gpu_check.
+Builds with the torch that is there; compares every byte of the kernels' results with the CPU build's; checks that
+nobody waits, runs the benchmark, the tests marked `cuda`, compute-sanitizer and ncu. Each stage runs whatever became of
+the others; the exit status is 1 if one failed. A stage whose tool is missing, or may not be used, is left.
+
+Everything is made in build/gpu_check, a log per stage. gpu.json and the benchmark's report (cuda.json, .md, .png) are
+then copied into benchmarks/results; with --out into DIR, after every stage and together with stages.json and
+gpu_check.log: the six files to take from a machine whose files you copy back. Better in two commands, of which the
+first says whether the second is worth its time:
+
+    make gpu-check ARGS="--only build,build-selftest,selftest,torch-checks --out DIR"
+    make gpu-check ARGS="--from benchmark --out DIR"
+
+`make gpu-check` is the same as `python3 -m benchmarks.gpu_check`, in .venv if there is one.
 
 --dry-run does the same on a machine without a GPU, small: the kernels run on the CPU (tests/cuda_on_cpu), tools that
-need a GPU are left out of their commands, and results go into build/gpu_check.
+need a GPU are left out of their commands, and results stay in build/gpu_check.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
-import subprocess
+import re
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from .stages import ROOT, Stage, missing, stages
+from .. import nvidia_smi
+from . import processes, results
+from .results import Outcome
+from .stages import ROOT, Stage, missing, search_path, stages
 
 RESULTS = ROOT / "benchmarks" / "results"
 WORK = ROOT / "build" / "gpu_check"
-TOTAL_SECONDS = 585  # of a loan of ten minutes
-SHOWN_LINES = 12
+#: Of ten minutes: a kill by the driver, the start of Python and the copying of files come on top.
+TOTAL_SECONDS = 520.0
+SHOWN_LINES = 25
 
 
-class Outcome(NamedTuple):
-    """What became of a stage."""
-
-    stage: str
-    state: str  # ok, failed, left
-    seconds: float
-    why: str = ""
+def show(*lines: str) -> None:
+    print("\n".join(lines), flush=True)
 
 
 def run_stage(stage: Stage, folder: Path, deadline: float) -> Outcome:
-    """Runs a stage's command, its output into folder/<name>.log, and shows the end of it."""
+    """Runs a stage's command, its output into folder/<name>.log, and shows the end of it: a line if all was well.
+
+    deadline: on the monotonic clock. The command knows its own by $FUSED_SCHED_DEADLINE, in seconds since the epoch.
+    """
     lacking = missing(stage)
     if lacking:
         return Outcome(stage.name, "left", 0.0, f"there is no {lacking}")
@@ -50,83 +58,77 @@ def run_stage(stage: Stage, folder: Path, deadline: float) -> Outcome:
     if left < 1.0:
         return Outcome(stage.name, "left", 0.0, "no time was left for it")
     log = folder / f"{stage.name}.log"
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **stage.environment}
-    why = ""
+    environment = {
+        **os.environ,
+        "PATH": search_path(),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONUNBUFFERED": "1",
+        "FUSED_SCHED_DEADLINE": str(time.time() + left),
+        **stage.environment,
+    }
     with log.open("w") as output:
-        try:
-            done = subprocess.run(
-                stage.command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=left
-            )
-            why = f"exit status {done.returncode}" if done.returncode else ""
-        except subprocess.TimeoutExpired:
-            why = f"not done after {left:.0f} s"
-        except OSError as error:
-            why = str(error)
-    lines = log.read_text(errors="replace").splitlines()
-    print("\n".join(f"    {line[:200]}" for line in lines[-SHOWN_LINES:]))
-    return Outcome(stage.name, "failed" if why else "ok", time.monotonic() - begin, why)
+        why = processes.run(stage.command, left, output, ROOT, environment)
+    outcome = judged(stage, why, log.read_text(errors="replace"), time.monotonic() - begin)
+    lines = [line[:200] for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    shown = SHOWN_LINES if outcome.state == "failed" else 1
+    show(f"{outcome.state} after {outcome.seconds:.1f} s", *(f"    {line}" for line in lines[-shown:]))
+    return outcome
+
+
+def judged(stage: Stage, why: str, output: str, seconds: float) -> Outcome:
+    """why: the command failed; empty if it did not."""
+    refused = re.search(stage.refuses, output) if stage.refuses else None
+    if refused is not None and not re.search(r"^FAILED", output, re.M):
+        return Outcome(stage.name, "left", seconds, f"{stage.needs}: {refused[0]}")
+    if not why and stage.shows not in output:
+        why = f"did not show {stage.shows!r}"
+    return Outcome(stage.name, "failed" if why else "ok", seconds, why)
 
 
 def architecture() -> str | None:
     """Of the first GPU, as in "90"; None where nvidia-smi does not tell."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    found = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0].strip()
-    return found.replace(".", "") if found.replace(".", "").isdigit() else None
+    found = nvidia_smi.query(["compute_cap"]).get("compute_cap", "").replace(".", "")
+    return found if found.isdigit() else None
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--only", help="stages, comma-separated; all")
+    parser.add_argument("--from", dest="first", metavar="STAGE", help="this stage and those after it")
     parser.add_argument("--out", type=Path, help="where results go")
+    parser.add_argument("--total", type=float, default=TOTAL_SECONDS, help="seconds for all stages together")
     options = parser.parse_args(arguments)
-    out = (options.out or (WORK if options.dry_run else RESULTS)).resolve()
-    logs = out if options.out else WORK
-    for folder in (out, logs):
-        folder.mkdir(parents=True, exist_ok=True)
-    # Everything is written into the folder of the logs; results are then copied to where they are wanted.
-    planned = stages(logs, options.dry_run, None if options.dry_run else architecture())
-    names = options.only.split(",") if options.only else [stage.name for stage in planned]
-    unknown = sorted(set(names) - {stage.name for stage in planned})
-    if unknown:
-        known = ", ".join(stage.name for stage in planned)
-        parser.error(f"no stage is called {', '.join(unknown)}; stages are {known}")
-    device = "cpu" if options.dry_run else "cuda"
-    (logs / f"{device}.json").unlink(missing_ok=True)  # an earlier run's
     begin = time.monotonic()
-    outcomes = []
+    out = (options.out or (WORK if options.dry_run else RESULTS)).resolve()
+    for folder in (WORK, out):
+        folder.mkdir(parents=True, exist_ok=True)
+    planned = stages(WORK, options.dry_run, None if options.dry_run else architecture())
+    names = [stage.name for stage in planned]
+    wanted = options.only.split(",") if options.only else names
+    unknown = sorted({*wanted, *filter(None, [options.first])} - set(names))
+    if unknown:
+        parser.error(f"no stage is called {', '.join(unknown)}; stages are {', '.join(names)}")
+    if options.first:
+        wanted = [name for name in wanted if name in names[names.index(options.first) :]]
+    device = "cpu" if options.dry_run else "cuda"
+    kept = ["stages.json", "gpu_check.log"] if options.out else []
+    if "benchmark" in wanted:
+        results.forget(WORK, device)
+    outcomes: list[Outcome] = []
     for stage in planned:
-        if stage.name not in names:
+        if stage.name not in wanted:
             continue
-        print(f"== {stage.name} (at {time.monotonic() - begin:.0f} s)", flush=True)
-        outcomes.append(run_stage(stage, logs, begin + TOTAL_SECONDS))
-    if "benchmark" in names and not deliver(logs, out, device):
-        outcomes.append(Outcome("results", "failed", 0.0, "the benchmark left no report"))
-    print("\n".join(["", *summary(outcomes)]))
-    (logs / "stages.json").write_text(json.dumps([o._asdict() for o in outcomes], indent=1) + "\n")
+        show(f"== {stage.name} (at {time.monotonic() - begin:.0f} s)")
+        outcomes.append(run_stage(stage, WORK, begin + options.total))
+        if stage.name == "benchmark":
+            kept += results.reports(device)
+            if not (WORK / f"{device}.json").exists():
+                outcomes.append(Outcome("report", "failed", 0.0, "the benchmark left none"))
+        results.write(WORK, outcomes, device)
+        results.copy(WORK, out, kept)
+    show("", *map(results.line, outcomes), *([results.compact(WORK)] if "benchmark" in wanted else []))
     return int(any(outcome.state == "failed" for outcome in outcomes))
-
-
-def deliver(logs: Path, out: Path, device: str) -> bool:
-    """Copies the benchmark's files to where they are wanted, and writes gpu.json; False if there are none."""
-    if not (logs / f"{device}.json").exists():
-        return False
-    from ..report import gpu_json
-
-    found: dict[str, Any] = json.loads((logs / f"{device}.json").read_text())
-    (out / "gpu.json").write_text(json.dumps(gpu_json(found), indent=1) + "\n")
-    for suffix in ("json", "md", "png"):
-        source = logs / f"{device}.{suffix}"
-        if source.exists() and logs != out:
-            shutil.copyfile(source, out / source.name)
-    return True
-
-
-def summary(outcomes: list[Outcome]) -> list[str]:
-    return [f"{o.state:7} {o.stage:20} {o.seconds:6.1f} s  {o.why}".rstrip() for o in outcomes]
 
 
 if __name__ == "__main__":

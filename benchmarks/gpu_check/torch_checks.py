@@ -10,11 +10,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 
 from fused_sched import FusedScheduledAdam, schedules
+
+from ..profiled import kernels
 
 SHAPES = [(257, 33), (1024,), (3,), (640, 512), (7, 11, 13), *[(96, 64)] * 40]
 #: Some 0.8 s of work ahead of the steps that must not wait for it.
@@ -58,6 +62,10 @@ class Training:
 
 
 Check = Callable[[Training, Training], str]  # what is wrong; empty if nothing is
+
+
+class CannotTell(Exception):
+    """Why a check says nothing about the product here."""
 
 
 def check_replays(eager: Training, replayed: Training) -> str:
@@ -123,13 +131,20 @@ def check_launches(training: Training, _: Training) -> str:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         for _step in range(steps):
             training.optimizer.step()
-        torch.cuda.synchronize()
-    events = profiled.events()
-    kernels = [e.name for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    calls = [e.name for e in events if e.name.startswith("cuda") and ("ynchronize" in e.name or "Memcpy" in e.name)]
-    if len(kernels) != 2 * steps:
-        return f"{len(kernels)} kernels and copies in {steps} steps, expected {2 * steps}: {sorted(set(kernels))}"
-    return "" if len(calls) <= 1 else f"calls of the runtime that wait or copy: {sorted(set(calls))}"
+    return wrong_with_launches(profiled.events(), steps)
+
+
+def wrong_with_launches(events: Iterable[Any], steps: int) -> str:
+    """The profiler itself calls cudaDeviceSynchronize as it ends; `check_busy` sees whether a step does."""
+    events = list(events)
+    found = kernels(events)
+    if not found:
+        raise CannotTell("the profiler saw no kernel: CUPTI is missing, or may not be used")
+    calls = {e.name for e in events if e.name.startswith("cu") and ("ynchronize" in e.name or "Memcpy" in e.name)}
+    calls.discard("cudaDeviceSynchronize")
+    if len(found) != 2 * steps:
+        return f"{len(found)} kernels and copies in {steps} steps, expected {2 * steps}: {sorted(set(found))}"
+    return f"calls of the runtime that wait or copy: {sorted(calls)}" if calls else ""
 
 
 CHECKS: list[tuple[Check, bool]] = [  # and whether it needs a GPU
@@ -140,22 +155,49 @@ CHECKS: list[tuple[Check, bool]] = [  # and whether it needs a GPU
 ]
 
 
+def result(check: Callable[[], str]) -> tuple[str, str]:
+    """ok, FAILED or left, and why. What a check raises ends no other."""
+    try:
+        wrong = check()
+    except CannotTell as reason:
+        return "left", str(reason)
+    except Exception as error:
+        traceback.print_exc()
+        return "FAILED", f"{type(error).__name__}: {error}".split("\n")[0]
+    return ("FAILED" if wrong else "ok"), wrong
+
+
+def results(device: str, formats: tuple[torch.dtype, str, str]) -> Iterator[tuple[str, str, str]]:
+    """Of each check, its words and what came of it."""
+    trainings: list[Training] = []
+    for check, needs_gpu in CHECKS:
+        words = (check.__doc__ or "").split("\n")[0]
+        if needs_gpu and device == "cpu":
+            yield words, "left", ""
+            continue
+
+        def checked(check: Check = check) -> str:
+            while len(trainings) < 2:
+                trainings.append(Training(device, *formats))
+            return check(*trainings)
+
+        yield words, *result(checked)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--dry-run", action="store_true")
     device = "cpu" if parser.parse_args().dry_run else "cuda"
-    failures = 0
-    for dtype, master, moments in FORMATS[1:2] if device == "cpu" else FORMATS:
-        trainings = [Training(device, dtype, master, moments) for _ in range(2)]
-        for check, needs_gpu in CHECKS:
-            what = f"{dtype}, {master} + {moments}: {(check.__doc__ or '').split(chr(10))[0]}"
-            if needs_gpu and device == "cpu":
-                print(f"left   {what}")
-                continue
-            wrong = check(trainings[0], trainings[1])
-            failures += bool(wrong)
-            print(f"{'FAILED' if wrong else 'ok    '} {what} {wrong}")
-    return int(failures > 0)
+    failed = []
+    for formats in FORMATS[1:2] if device == "cpu" else FORMATS:
+        dtype, master, moments = formats
+        for words, state, why in results(device, formats):
+            line = f"{state:6} {dtype}, {master} + {moments}: {words} {why}".rstrip()
+            print(line, flush=True)
+            failed += [line] if state == "FAILED" else []
+    # Once more: of a stage that failed the last lines are shown, and tracebacks are long.
+    print("\n".join([*failed, f"{len(failed)} checks failed" if failed else "no check failed"]))
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
