@@ -200,16 +200,15 @@ def test_loading_brings_options_to_the_device(compiled: Backend) -> None:
 @pytest.mark.parametrize(("num_tensors", "num_groups"), [(1, 1), (1000, 1), (465, 465)])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 def test_two_launches_through_the_optimizer(
-    num_tensors: int, num_groups: int, max_grad_norm: float | None, get_backend: Callable[[str], Backend]
+    num_tensors: int, num_groups: int, max_grad_norm: float | None, beside_cpu: Backend
 ) -> None:
-    backend = get_backend("cuda-on-cpu")
-    params = [backend.parameter([1.0, 2.0]) for _ in range(num_tensors)]
+    params = [beside_cpu.parameter([1.0, 2.0]) for _ in range(num_tensors)]
     for param in params:
         param.grad = torch.ones_like(param)
     per_group = num_tensors // num_groups
     groups = [{"params": params[i : i + per_group], "lr": 1e-3 * i} for i in range(0, num_tensors, per_group)]
-    optimizer = backend.optimizer(groups, max_grad_norm=max_grad_norm)
-    engine = optimizer._devices.engine(backend.device)
+    optimizer = beside_cpu.optimizer(groups, max_grad_norm=max_grad_norm)
+    engine = optimizer._devices.engine(beside_cpu.device)
     assert isinstance(engine, CompiledEngine)
     for _ in range(2):
         optimizer.step()
