@@ -44,7 +44,7 @@ class CudaToolkit:
     version: str
     runtime_library: str  # libcudart_static.a
     architectures: tuple[str, ...]  # as in ("80", "90")
-    compresses: bool  # this nvcc knows --compress-mode (12.8 and newer)
+    compresses: bool  # this nvcc knows --compress-mode, and every driver that its code runs on reads it
     host_compiler: str | None  # $CXX where it is one word; None: nvcc's own choice
 
 
@@ -130,7 +130,8 @@ def _toolkit_of(nvcc: str, architectures: str | None, host_compiler: str | None)
         version=release[3],
         runtime_library=str(library),
         architectures=_choose_architectures(architectures, known),
-        compresses="--compress-mode" in (output_of(nvcc, "--help") or ""),
+        # 12.8 knows it, too, but the drivers before 550.54.14, on which all other code of 12.x runs, cannot read it.
+        compresses=int(release[1]) >= 13 and "--compress-mode" in (output_of(nvcc, "--help") or ""),
         host_compiler=host_compiler if host_compiler and len(shlex.split(host_compiler)) == 1 else None,
     )
 

@@ -1,6 +1,6 @@
 // The part of DLPack through which torch says where a tensor lies without its headers and without a Python object:
 // the layout of include/dlpack/dlpack.h 1.3 (github.com/dmlc/dlpack), which a test compares with torch's copy.
-// torch has it since 2.13, as `torch.Tensor.__dlpack_c_exchange_api__`, a capsule that points to a DLPackExchangeAPI.
+// torch has it since 2.10, as `torch.Tensor.__dlpack_c_exchange_api__`, a capsule that points to a DLPackExchangeAPI.
 #pragma once
 
 #include <stdint.h>

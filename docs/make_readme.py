@@ -15,9 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import torch
-from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -179,6 +177,9 @@ _STYLE = {
 
 
 def draw(path: Path) -> None:
+    import matplotlib as mpl  # only here: the tests read the tables without it
+    from matplotlib.figure import Figure
+
     results = measured()["results"]
     names = [name for name in next(iter(results.values())) if name != "fp32"][::-1]
     with mpl.rc_context(_STYLE):

@@ -215,6 +215,7 @@ class OptimizerBase(StepTail):
     # -- hyperparameters on the device -----------------------------------------------------------------------
 
     def _push(self, settings: list[GroupSettings]) -> None:
+        self._devices.refuse_host_values(self._records.lr_tensors())
         lrs = [r.group["lr"] for r in self._records]
         self._devices.push(settings, [lr if isinstance(lr, torch.Tensor) else None for lr in lrs])
         self._devices.push_norm(self._norm_settings())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -164,6 +164,23 @@ class Devices:
     def push(self, settings: Sequence[GroupSettings], lr_tensors: Sequence[torch.Tensor | None]) -> None:
         for engine in self.engines.values():
             engine.push(settings, lr_tensors)
+
+    def refuse_host_values(self, values: Iterable[tuple[str, object]]) -> None:
+        """Raise if one of these values, named, is a tensor on the host and a CUDA graph is captured.
+
+        Nothing keeps its memory for the replays, and newer versions of torch refuse the copy in the middle of the step.
+        """
+        if not self._uses_cuda:
+            return
+        for name, value in values:
+            if not isinstance(value, torch.Tensor) or value.device.type == "cuda":
+                continue
+            for device in filter(is_capturing, self.engines):
+                raise RuntimeError(
+                    f"{name} is a tensor on {value.device}, and the capture of a CUDA graph would record its address "
+                    f"for all replays; put one on {device} in its place before capturing and, for a rate, call "
+                    "opt.push_hyperparameters()"
+                )
 
     def push_norm(self, settings: NormSettings) -> None:
         for engine in self.engines.values():

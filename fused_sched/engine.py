@@ -124,6 +124,8 @@ class CompiledEngine:
         if list(settings) == self._pushed:
             return
         self._refuse_upload_into_capture()
+        replaced = [buffer for buffer, _ in self._lr_copies]
+        replaced += [t for t in self._lr_tensors if t is not None and not any(t is new for new in lr_tensors)]
         self._lr_tensors = list(lr_tensors)
         self._lr_copies = []
         programs: dict[bytes, torch.Tensor] = {}
@@ -143,7 +145,9 @@ class CompiledEngine:
             self._values = torch.full(shape, math.nan, dtype=torch.float64, device=self.device)
             self._values[: old.shape[0]].copy_(old)
         # Programs first: the records point to them. The records are written in place, so that a captured graph
-        # follows; the programs they pointed to may go once this stream has passed.
+        # follows; what they pointed to may go once this stream has passed.
+        replaced += [old for program, old in self._programs.items() if program not in programs]
+        self._keep_until_passed(replaced)
         self._programs = programs
         if self._groups.numel() < records.nbytes:
             self._retired.append(self._groups)
@@ -154,6 +158,17 @@ class CompiledEngine:
         self._call.values = self._values.data_ptr()
         self._call.num_groups = len(settings)
         self._pushed = list(settings)
+
+    def _keep_until_passed(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Keep memory that is let go until the current stream has come to here.
+
+        Else it could be given out again on the stream that it was allocated on, while a clock on this one reads it.
+        """
+        if self._is_cuda:
+            stream = torch.cuda.current_stream(self.device)
+            for tensor in tensors:
+                if tensor.device == self.device:
+                    tensor.record_stream(stream)
 
     def _refuse_upload_into_capture(self) -> None:
         if is_capturing(self.device):

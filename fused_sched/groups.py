@@ -169,6 +169,13 @@ class GroupTable:
     def options(self) -> list[dict[str, Any]]:
         return [record.group for record in self._records]
 
+    def lr_tensors(self) -> Iterator[tuple[str, object]]:
+        """The rates that the device reads from tensors of the user's, named; a schedule's factor is no such rate."""
+        for index, record in enumerate(self._records):
+            lr = record.group.get("lr")
+            if isinstance(lr, torch.Tensor) and "lr" not in record.schedules:
+                yield f"the lr of group {index}", lr
+
     def forget_foreign_rates(self) -> None:
         for record in self._records:
             record.forget_foreign_rate()

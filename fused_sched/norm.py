@@ -54,10 +54,11 @@ class NormMemory:
         record["max_norm"] = math.inf if settings.max_norm is None else settings.max_norm
         record["grad_divisor"] = settings.grad_divisor
         record["skip_nonfinite"] = settings.skip_nonfinite
-        words = to_device(record.tobytes()).view(torch.float64)
-        for field in ("max_norm", "grad_divisor", "skip_nonfinite"):
-            index = self._word(field)
-            self._state[index].copy_(words[index], non_blocking=True)
+        content = to_device(record.tobytes())
+        for field in ("max_norm", "grad_divisor", "skip_nonfinite"):  # no byte beside them: a launch may be counting
+            dtype, offset = self._dtype.fields[field][:2]  # type: ignore[index]
+            place = slice(offset, offset + dtype.itemsize)
+            self._state.view(torch.uint8)[place].copy_(content[place], non_blocking=True)
 
     def reserve(self, num_chunks: int) -> None:
         """Make room for the sums of this many chunks."""

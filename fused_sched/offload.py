@@ -94,13 +94,14 @@ class Offloading(OptimizerBase):
         held = [(p, s, s.entry) for p, s in self.state.items() if isinstance(s, states.ParamState) and s.entry]
         memory = _memory(entry for _, _, entry in held)
         copies: dict[int, torch.Tensor] = {}
+        if to_host:
+            _finish(memory)  # steps on other streams, which the copies would not wait for
         for key, (tensor, device) in memory.items():
             pinned = to_host and pin_memory and tensor.is_cuda
             target = torch.empty_like(tensor, device="cpu" if to_host else device, pin_memory=pinned)
             copies[key] = (target if pinned else in_large_pages(target)).copy_(tensor, non_blocking=True)
         if to_host:
-            for device in {tensor.device for tensor, _ in memory.values() if tensor.is_cuda}:
-                torch.cuda.synchronize(device)  # the host may read it, and any stream use what is freed
+            _finish(memory)  # the copies: the host may read them, and any stream use what is freed
         for arena in {id(e.arena): e.arena for _, _, e in held if e.arena is not None}.values():
             arena.buffers = {slot: copies[id(buffer)] for slot, buffer in arena.buffers.items()}
             arena.records = copies[id(arena.records)]
@@ -122,6 +123,12 @@ def _memory(held: Iterable[Entry]) -> dict[int, tuple[torch.Tensor, torch.device
         tensors = entry.tensors.values() if entry.arena is None else entry.arena.all_buffers
         found |= {id(tensor): (tensor, entry.layout.device) for tensor in tensors}
     return found
+
+
+def _finish(memory: dict[int, tuple[torch.Tensor, torch.device]]) -> None:
+    """Wait for the GPUs that this memory is on."""
+    for device in {tensor.device for tensor, _ in memory.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
 
 
 def _addresses(entry: Entry) -> dict[str, int]:

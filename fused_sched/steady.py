@@ -1,7 +1,7 @@
 """The steady step: a call like the last one, recognised by one compiled pass over its tensors.
 
 The pass (`csrc/tensor_watch.h`) reads what tensors look like and where they are, in some 0.2 us per parameter. Whenever
-it is not sure, and where torch is older than 2.13 and has no DLPack exchange API, the checks of `packing.py` decide,
+it is not sure, and where torch is older than 2.10 and has no DLPack exchange API, the checks of `packing.py` decide,
 which take twenty times as long and know every error.
 """
 

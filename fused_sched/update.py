@@ -55,6 +55,10 @@ class Updates(Offloading):
         self._refuse_offloaded("step()")
         packing.check_scaler_value("found_inf", found_inf)
         packing.check_scaler_value("grad_scale", grad_scale)
+        if found_inf is not None or grad_scale is not None:
+            self._devices.refuse_host_values((("found_inf", found_inf), ("grad_scale", grad_scale)))
+        if not is_settled:  # settled rates are no tensors
+            self._devices.refuse_host_values(self._records.lr_tensors())
         if steady is None or not is_settled or steady.reducer != self.norm_reduce_hook:
             steady = self._settle(call, steady)
             if steady is None:

@@ -1,11 +1,16 @@
-"""The four backends as fixtures. A case that needs a GPU carries the marker `cuda` and skips without one."""
+"""The four backends as fixtures. A case that needs a GPU carries the marker `cuda` and skips without one.
+
+Where torch sees a GPU those cases fail instead of skipping if the backend cannot be used: a broken build would pass for
+a green run. FUSED_SCHED_REQUIRE_CUDA=1 asks for that anywhere, =0 nowhere.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -30,6 +35,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 COMPILED = ["cpu", "cuda-on-cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 BACKENDS = ["reference", *COMPILED]
+#: The reference backend with tensors on a GPU, for the files that ask for it.
+REFERENCE_ON_CUDA = "reference-on-cuda"
+REFERENCE_EVERYWHERE = [*BACKENDS, pytest.param(REFERENCE_ON_CUDA, marks=pytest.mark.cuda)]
+ON_CUDA = ("cuda", REFERENCE_ON_CUDA)
 
 
 @dataclass(frozen=True)
@@ -59,19 +68,34 @@ def unusable_because(name: str) -> str:
             fused_sched.backends.register(name, load())
         except ImportError as error:
             return f"the CUDA kernels could not be built for the CPU: {error}"
+    if name == REFERENCE_ON_CUDA:
+        return "" if torch.cuda.is_available() else "torch sees no CUDA device"
     usable, reason = fused_sched.backends.available(name)
     return "" if usable else reason
 
 
+def leave_out(name: str, reason: str) -> NoReturn:
+    """Skip the case, or fail it where it is wanted."""
+    wanted = os.environ.get("FUSED_SCHED_REQUIRE_CUDA") or str(int(torch.cuda.is_available()))
+    if wanted not in ("0", "1"):
+        pytest.fail(f"FUSED_SCHED_REQUIRE_CUDA must be 0 or 1, got {wanted!r}", pytrace=False)
+    if name in ON_CUDA and wanted == "1":
+        remedy = "build it, or set FUSED_SCHED_REQUIRE_CUDA=0 to skip what needs it"
+        pytest.fail(f"backend {name!r} must be usable here and is not: {reason}; {remedy}", pytrace=False)
+    pytest.skip(reason)
+
+
 @pytest.fixture(scope="session")
 def get_backend() -> Callable[[str], Backend]:
-    """Looks a backend up by name, or skips the test with the reason it is not usable."""
+    """Looks a backend up by name, or leaves the test out with the reason it is not usable."""
 
     def get(name: str) -> Backend:
         reason = unusable_because(name)
         if reason:
-            pytest.skip(reason)
-        return Backend(name, torch.device("cuda" if name == "cuda" else "cpu"))
+            leave_out(name, reason)
+        # With its index, as tensors have it: devices are keys.
+        device = torch.device("cuda", torch.cuda.current_device()) if name in ON_CUDA else torch.device("cpu")
+        return Backend("reference" if name == REFERENCE_ON_CUDA else name, device)
 
     return get
 

@@ -6,56 +6,26 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import tolerances
 import torch
 from cases import (
-    BETA1,
-    BETA2,
-    BETA_LOW,
     CASES,
     COMPRESSED,
-    DECAY,
-    LR,
-    LR_STAIRS,
     Case,
     Problem,
-    Tensors,
     assert_same,
     by_name,
     snapshot,
     values_of,
 )
-from conftest import Backend
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-UPDATES = 6
+from conftest import REFERENCE_EVERYWHERE, Backend
+from oracle_check import UPDATES, check_against_oracle
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def check_against_oracle(case: Case, backend: Backend) -> None:
-    problem = Problem(case, backend.device)
-    optimizer = problem.optimizer(backend.name)
-    for _ in range(UPDATES):
-        problem.run(optimizer, 1)
-        problem.run_oracles()
-    crossings = elements = 0
-    for position, (param, oracle) in enumerate(zip(problem.params, problem.oracles, strict=True)):
-        state = optimizer.state[param]
-        assert float(state["step"]) == UPDATES
-        error = np.abs(values_of(param) - oracle.param)
-        assert np.all(error <= tolerances.param_bound(oracle)), f"param {position}: {error.max()}"
-        if oracle.format_name in ("bf16", "fp16") and not oracle.master:
-            crossings += int(np.count_nonzero(error))
-            elements += error.size
-        moments = ["exp_avg", "exp_avg_sq"] + (["max_exp_avg_sq"] if oracle.options.amsgrad else [])
-        for key in moments:
-            error = np.abs(values_of(state[key]) - getattr(oracle, key))
-            assert np.all(error <= tolerances.state_bound(oracle, key)), f"{key} of {position}: {error.max()}"
-        assert ("max_exp_avg_sq" in state) == oracle.options.amsgrad
-    assert crossings <= tolerances.CROSSING_SHARE * elements
-    assert optimizer.clock == UPDATES
+@pytest.fixture(params=REFERENCE_EVERYWHERE)
+def backend(request: pytest.FixtureRequest, get_backend: Callable[[str], Backend]) -> Backend:
+    return get_backend(request.param)
 
 
 @each_case
@@ -134,38 +104,6 @@ def test_a_thousand_updates_do_not_drift(backend: Backend) -> None:
         np.testing.assert_allclose(values_of(state["exp_avg_sq"]), oracle.exp_avg_sq, rtol=2e-6)
         moved = oracle.update_magnitude
         assert np.all(np.abs(values_of(param) - oracle.param) <= 2e-6 * (oracle.start_magnitude + moved))
-
-
-@st.composite
-def random_cases(draw: st.DrawFn) -> Case:
-    beta = st.one_of(st.floats(0.0, 0.99), st.sampled_from([BETA1, BETA2, BETA_LOW]))
-    options = st.fixed_dictionaries(
-        {
-            "lr": st.one_of(st.floats(1e-4, 1e-1), st.sampled_from([LR, LR_STAIRS])),
-            "betas": st.tuples(beta, beta),
-            "weight_decay": st.one_of(st.floats(0.0, 0.5), st.just(DECAY)),
-            "eps": st.sampled_from([1e-8, 1e-4]),
-            "decoupled_weight_decay": st.booleans(),
-            "amsgrad": st.booleans(),
-            "maximize": st.booleans(),
-        }
-    )
-    shapes = st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), min_size=1, max_size=4).map(tuple)
-    kinds = st.builds(Tensors, shapes, st.sampled_from(["fp32", "fp64"]), st.sampled_from([None, "bf16", "fp64"]))
-    groups = st.lists(st.tuples(st.lists(kinds, min_size=1, max_size=3).map(tuple), options), min_size=1, max_size=3)
-    return Case(f"random {draw(st.integers(0, 999))}", tuple(draw(groups)))
-
-
-@pytest.mark.parametrize("name", ["reference", "cpu"])
-def test_random_groups_and_schedules_match_the_oracle(name: str, get_backend: Callable[[str], Backend]) -> None:
-    backend = get_backend(name)
-
-    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
-    @given(random_cases())
-    def check(case: Case) -> None:
-        check_against_oracle(case, backend)
-
-    check()
 
 
 def three_large_steps(backend: Backend) -> dict[str, torch.Tensor]:

@@ -197,7 +197,7 @@ case "$1" in
   --version) echo "Cuda compilation tools, release {release}, V{release}.99" ;;
   --dryrun) echo "#$ TOP={top}/bin/.." ;;
   --list-gpu-arch) printf 'compute_75\\ncompute_80\\ncompute_90\\n' ;;
-  --help) echo "--generate-code" ;;
+  --help) echo "--generate-code --compress-mode" ;;
 esac
 """)
     script.chmod(0o755)
@@ -213,9 +213,19 @@ def test_the_toolkit_is_the_one_nvcc_names(tmp_path: Path) -> None:
     found = toolchain.find_cuda_toolkit({"CUDA_HOME": str(home)})
     assert found.runtime_library == str(toolkit / "lib64" / "libcudart_static.a")
     assert found.architectures == ("75", "80", "90")  # of the default ones, those that this nvcc knows
-    assert not found.compresses
     with pytest.raises(toolchain.Missing, match="asks for 100; this nvcc knows 75, 80, 90"):
         toolchain.find_cuda_toolkit({"CUDA_HOME": str(home), "FUSED_SCHED_CUDA_ARCHS": "9.0;100"})
+
+
+@pytest.mark.parametrize(("release", "compresses"), [("12.8", False), ("12.9", False), ("13.0", True)])
+def test_code_is_compressed_where_every_driver_reads_it(release: str, compresses: bool, tmp_path: Path) -> None:
+    toolkit = tmp_path / "toolkit"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "lib64").mkdir()
+    (toolkit / "lib64" / "libcudart_static.a").touch()
+    found = toolchain.find_cuda_toolkit({"CUDA_HOME": str(fake_nvcc(tmp_path / "wrapper", release, toolkit))})
+    assert found.compresses == compresses
+    assert ("--compress-mode=size" in ninja_file._target_flags(found)) == compresses
 
 
 def test_an_old_toolkit_is_not_used(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ same arguments again is what a replay does; with one, the graph is real.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from cases import assert_same, snapshot
 from conftest import Backend
 
-from fused_sched import schedules
+from fused_sched import FusedScheduledAdam, schedules
 from fused_sched.engine import CompiledEngine
 
 LR = schedules.warmup_cosine(0.1, warmup_steps=3, total_steps=40)
@@ -197,19 +199,90 @@ def test_loading_brings_options_to_the_device(compiled: Backend) -> None:
     assert torch.equal(training.params[2], before)
 
 
+@contextmanager
+def capturing(optimizer: FusedScheduledAdam, device: torch.device) -> Iterator[None]:
+    """A capture; without a GPU, what makes the optimizer believe in one."""
+    if device.type == "cuda":
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer._devices, "_uses_cuda", True)
+        for module in ("engine", "devices"):
+            patch.setattr(f"fused_sched.{module}.is_capturing", lambda device: True)
+        yield
+
+
+def give_found_inf(training: Training) -> None:
+    training.optimizer.found_inf = torch.zeros(())
+
+
+def give_grad_scale(training: Training) -> None:
+    training.optimizer.grad_scale = torch.ones(())
+
+
+def give_a_rate(training: Training) -> None:
+    training.optimizer.param_groups[1]["lr"] = torch.tensor(0.25)
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # nothing is captured
+@pytest.mark.parametrize(
+    ("give", "name"),
+    [(give_found_inf, "found_inf"), (give_grad_scale, "grad_scale"), (give_a_rate, "the lr of group 1")],
+)
+def test_values_on_the_host_cannot_be_captured(give: Callable[[Training], None], name: str, compiled: Backend) -> None:
+    """A copy of them would be, from memory that may be another's when it is replayed."""
+    training = Training(compiled)
+    optimizer = training.optimizer
+    training.set_gradients()
+    give(training)
+    optimizer.step()
+    before, versions = snapshot(optimizer), [param._version for param in training.params]
+    where = re.escape(str(compiled.device))
+    with (
+        capturing(optimizer, compiled.device),
+        pytest.raises(RuntimeError, match=f"{name} is a tensor on cpu.*put one on {where} in its place"),
+    ):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+    assert versions == [param._version for param in training.params]
+    assert optimizer.clock == 1
+    optimizer.step()
+    assert optimizer.clock == 2
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
+def test_a_rate_on_the_host_is_not_pushed_into_a_capture(compiled: Backend) -> None:
+    training = Training(compiled)
+    training.set_gradients()
+    give_a_rate(training)
+    training.optimizer.step()
+    with capturing(training.optimizer, compiled.device), pytest.raises(RuntimeError, match="lr of group 1 is a tensor"):
+        training.optimizer.push_hyperparameters()
+
+
+def test_a_scheduled_rate_on_the_host_is_no_value_on_the_host(compiled: Backend) -> None:
+    """The host reads it, as a factor of the schedule, and the device has that."""
+    training = Training(compiled)
+    training.set_gradients()
+    training.optimizer.param_groups[0]["lr"] = torch.tensor(training.optimizer.param_groups[0]["lr"])
+    training.optimizer.step()
+    with capturing(training.optimizer, compiled.device):
+        training.optimizer.step()
+
+
 @pytest.mark.parametrize(("num_tensors", "num_groups"), [(1, 1), (1000, 1), (465, 465)])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 def test_two_launches_through_the_optimizer(
-    num_tensors: int, num_groups: int, max_grad_norm: float | None, get_backend: Callable[[str], Backend]
+    num_tensors: int, num_groups: int, max_grad_norm: float | None, beside_cpu: Backend
 ) -> None:
-    backend = get_backend("cuda-on-cpu")
-    params = [backend.parameter([1.0, 2.0]) for _ in range(num_tensors)]
+    params = [beside_cpu.parameter([1.0, 2.0]) for _ in range(num_tensors)]
     for param in params:
         param.grad = torch.ones_like(param)
     per_group = num_tensors // num_groups
     groups = [{"params": params[i : i + per_group], "lr": 1e-3 * i} for i in range(0, num_tensors, per_group)]
-    optimizer = backend.optimizer(groups, max_grad_norm=max_grad_norm)
-    engine = optimizer._devices.engine(backend.device)
+    optimizer = beside_cpu.optimizer(groups, max_grad_norm=max_grad_norm)
+    engine = optimizer._devices.engine(beside_cpu.device)
     assert isinstance(engine, CompiledEngine)
     for _ in range(2):
         optimizer.step()

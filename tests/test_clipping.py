@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from cases import Case, Problem, assert_same, by_name, grad_of, snapshot, values_of
-from conftest import Backend
+from conftest import REFERENCE_EVERYWHERE, Backend
 from model_gradients import model_gradients, set_grads, start
 from tolerances import param_bound, state_bound
 
@@ -23,6 +24,11 @@ CLIPPED_CASES = [
     for name in ("defaults", "maximize", "grad_divisor", "gradients_of_all_sizes", "fp64", "groups_of_their_own",
                  "all_dtypes_in_a_group")
 ]  # fmt: skip
+
+
+@pytest.fixture(params=REFERENCE_EVERYWHERE)
+def backend(request: pytest.FixtureRequest, get_backend: Callable[[str], Backend]) -> Backend:
+    return get_backend(request.param)
 
 
 def expected_norm(problem: Problem, divisor: float) -> float:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from conftest import Backend
 from samples import FAST, moved, param, two_groups
 
 from fused_sched import FusedScheduledAdam, ScheduleWarning, backends, packing, schedules
@@ -357,13 +359,12 @@ def test_main_grad_must_be_a_tensor() -> None:
 
 
 @pytest.mark.cuda
-def test_a_captured_graph_follows_the_schedule_and_its_replacement() -> None:
-    if not backends.available("cuda")[0]:
-        pytest.skip(backends.available("cuda")[1])
-    p = torch.zeros(1000, device="cuda", requires_grad=True)
+def test_a_captured_graph_follows_the_schedule_and_its_replacement(get_backend: Callable[[str], Backend]) -> None:
+    cuda = get_backend("cuda")
+    p = cuda.parameter(torch.zeros(1000))
     p.grad = torch.ones_like(p)
     first, second = schedules.linear(1.0, 0.0, 100), schedules.table([0.25] * 4000)
-    optimizer = FusedScheduledAdam([p], lr=first)
+    optimizer = cuda.optimizer([p], lr=first)
     optimizer.step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

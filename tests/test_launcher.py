@@ -108,6 +108,20 @@ def test_device_count(library: abi.Library) -> None:
         library.device_count()
 
 
+def test_a_driver_that_takes_short_parameters_only_is_refused(library: abi.Library) -> None:
+    library.set_driver(12000)
+    with pytest.raises(
+        abi.BackendError, match=r"driver is of CUDA 12\.0.*install a driver of CUDA 12\.1 \(R530\) or newer"
+    ):
+        library.device_count()
+    for version in (12010, 0):  # the count says that there is no driver
+        library.set_driver(version)
+        assert library.device_count() == 2
+    library.fail("cudaDriverGetVersion")
+    with pytest.raises(abi.BackendError, match="cudaDriverGetVersion"):
+        library.device_count()
+
+
 def test_structures_are_those_of_the_binding() -> None:
     """The layouts these tests write down are the ones the compiler chose."""
     pytest.importorskip("pybind11")

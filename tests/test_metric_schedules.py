@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from metric_samples import BOTH, METRICS
 from torch.optim.lr_scheduler import ReduceLROnPlateau as TorchPlateau
 from transformers.optimization import GreedyLR as TransformersGreedy
 
@@ -20,11 +21,6 @@ from fused_sched._warnings import ScheduleWarning
 from fused_sched.schedules.metric import GreedyLR, MetricSchedule, ReduceLROnPlateau
 
 LIBRARY = {ReduceLROnPlateau: TorchPlateau, GreedyLR: TransformersGreedy}
-
-PLATEAU = ReduceLROnPlateau(factor=0.5, patience=1, cooldown=1, base_lr=0.1)
-GREEDY = GreedyLR(factor=0.5, patience=1, warmup=1, smooth=True, window_size=3, min_lr=0.01, base_lr=0.1)
-BOTH = pytest.mark.parametrize("schedule", [PLATEAU, GREEDY], ids=["plateau", "greedy"])
-METRICS = [3.0, 2.0, 2.5, 2.25, 2.5, 1.5, 1.0, 0.5, 0.25, 2.0, 3.0, nan, 3.0, 4.0, 5.0, -1.0, inf, 2.0, 2.0, 2.0]
 
 
 # -- the libraries' own values ---------------------------------------------------------------------------------------

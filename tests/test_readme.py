@@ -8,10 +8,12 @@ import pkgutil
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Backend
 
 import fused_sched
 from fused_sched import FusedScheduledAdam, schedules
@@ -32,12 +34,29 @@ def section(title: str) -> str:
     return re.split(r"^#+ ", README.split(f"# {title}\n", 1)[1], maxsplit=1, flags=re.M)[0]
 
 
+FOR_A_GPU = [number for number, example in enumerate(EXAMPLES) if "torch.cuda.is_available()" in example]
+
+
+def run_example(number: int) -> None:
+    exec(compile(EXAMPLES[number], f"README.md, example {number}", "exec"), {})
+
+
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_examples_run(number: int, capsys: pytest.CaptureFixture[str]) -> None:
-    names: dict[str, object] = {}
-    exec(compile(EXAMPLES[number], f"README.md, example {number}", "exec"), names)
+    run_example(number)
     if number == 0:
         assert capsys.readouterr().out.startswith("200 [0.000")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("number", FOR_A_GPU)
+def test_examples_run_on_a_gpu(number: int, get_backend: Callable[[str], Backend]) -> None:
+    get_backend("cuda")
+    run_example(number)
+
+
+def test_capture_has_an_example() -> None:
+    assert [number for number in FOR_A_GPU if "torch.cuda.graph(" in EXAMPLES[number]]
 
 
 def test_the_first_example_is_short() -> None:
@@ -63,8 +82,12 @@ def test_linked_files_exist() -> None:
             assert (folder / target).exists(), target
 
 
-def test_the_demo_reaches_its_accuracy(tmp_path: Path) -> None:
-    demo = [sys.executable, str(ROOT / "examples" / "digits.py"), "--output", str(tmp_path)]
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_the_demo_reaches_its_accuracy(device: str, tmp_path: Path, get_backend: Callable[[str], Backend]) -> None:
+    if get_backend(device).name == "cuda":
+        for package in ("matplotlib", "rich", "sklearn"):  # which its machine may not have
+            pytest.importorskip(package)
+    demo = [sys.executable, str(ROOT / "examples" / "digits.py"), "--device", device, "--output", str(tmp_path)]
     done = subprocess.run(demo, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     accuracy = re.search(r"test accuracy\D+([\d.]+)%", done.stdout)

@@ -61,7 +61,7 @@ class Run:
 
     def __init__(self, backend: Backend, dtype: torch.dtype, transposed: bool) -> None:
         generator = torch.Generator().manual_seed(0)
-        draw = lambda: torch.randn(SHAPE, generator=generator).to(dtype)  # noqa: E731
+        draw = lambda: torch.randn(SHAPE, generator=generator).to(backend.device, dtype)  # noqa: E731
         self.model = torch.nn.ParameterList([draw(), draw()])
         self.optimizer = backend.optimizer(self.model.parameters(), lr=0.1)
         self.grads = [[draw(), draw()] for _ in range(5)]
@@ -89,7 +89,7 @@ def test_a_checkpoint_loaded_after_it(
     kept = dict(run.optimizer.state) if held else None  # and with it the memory that the old addresses name
     way(run.optimizer)
     run.optimizer.load_state_dict(saved)
-    new_memory = [torch.zeros(SHAPE) for _ in range(8)]  # where freed memory is given out again
+    new_memory = [torch.zeros(SHAPE, device=backend.device) for _ in range(8)]  # freed memory, given out again
     for each in (expected, run):
         each.steps(2, 5)
     assert_same(snapshot(run.optimizer), snapshot(expected.optimizer))
@@ -126,13 +126,13 @@ def test_exact_parameters_loaded_into_state_that_is_gone(backend: Backend, dtype
 
 def test_loading_one_model_leaves_what_was_written_to_anothers_state(backend: Backend) -> None:
     """Two models, one optimizer: values written to the second's state were forgotten."""
-    models = [torch.nn.Linear(4, 4, bias=False) for _ in range(2)]
+    models = [torch.nn.Linear(4, 4, bias=False, device=backend.device) for _ in range(2)]
     optimizer = backend.optimizer([model.weight for model in models], lr=0.1)
     for _ in range(2):
         for model in models:
-            model.weight.grad = torch.ones(4, 4)
+            model.weight.grad = torch.ones_like(model.weight)
         optimizer.step()
-    optimizer.state[models[1].weight]["exp_avg"] = torch.zeros(4, 4)
+    optimizer.state[models[1].weight]["exp_avg"] = torch.zeros(4, 4, device=backend.device)
     optimizer.load_fp32_state_dict(models[0], optimizer.fp32_state_dict(models[0]))
     optimizer.step()
     assert optimizer.state[models[1].weight]["exp_avg"][0, 0].item() == pytest.approx(0.1)

@@ -16,7 +16,7 @@ from conftest import Backend
 from fused_sched import schedules, steady
 
 needs_exchange_api = pytest.mark.skipif(
-    steady._EXCHANGE_API is None, reason="this torch has no DLPack exchange API (2.13 has)"
+    steady._EXCHANGE_API is None, reason="this torch has no DLPack exchange API (2.10 has)"
 )
 
 

@@ -17,6 +17,9 @@ namespace {
 constexpr int64_t kMaxTiles = int64_t{1} << 30;
 static_assert(kMaxTiles * kUpdateThreads * kElementsPerThreadFloat64 >= kMaxElements, "");
 
+// CUDA 12.1: parameters beyond 4 KB need its driver (R530), whatever the toolkit.
+constexpr int kOldestDriver = 12010;
+
 // Asks the runtime about a kernel, which loads it. Loading may be refused while a stream of this thread is
 // being captured, unless the thread relaxes its own rule for the moment.
 class RelaxedCapture {
@@ -216,5 +219,16 @@ int fs_report_metric(const fs_report* report, char* error) {
 
 int fs_device_count(int* count, char* error) {
   *count = 0;
-  return report_failure(error, [&] { FS_CUDA_CHECK(cudaGetDeviceCount(count)); });
+  return report_failure(error, [&] {
+    int driver = 0;  // stays 0 where there is none, which the count then says
+    FS_CUDA_CHECK(cudaDriverGetVersion(&driver));
+    // With an older one that takes this build otherwise (any 12.x runs on R525) only the launches would fail.
+    if (driver != 0 && driver < kOldestDriver) {
+      fail(
+          "the NVIDIA driver is of CUDA %d.%d, which passes kernels up to 4 KB of parameters, and these take 32 KB; "
+          "install a driver of CUDA 12.1 (R530) or newer",
+          driver / 1000, driver % 1000 / 10);
+    }
+    FS_CUDA_CHECK(cudaGetDeviceCount(count));
+  });
 }

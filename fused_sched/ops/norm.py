@@ -17,7 +17,7 @@ def grad_norm(grads: Sequence[torch.Tensor], *, backend: str = "auto") -> torch.
     """The 2-norm of all gradients together, 0-d float64 on their device, without waiting for it.
 
     norm = sqrt(sum of squares), summed in double in an order that depends on the sizes alone: the same bits on every
-    backend. Right for gradients near 1e30, infinite or NaN exactly when a gradient is.
+    backend, any NaN being equal to any NaN. Right for gradients near 1e30, infinite or NaN exactly when a gradient is.
 
     Args:
         grads: dense tensors of one device: float32, bfloat16, float16 or float64, of any mixture.

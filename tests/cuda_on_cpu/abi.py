@@ -191,6 +191,10 @@ class Library(StepLibrary):
         """Not 0: blocks, and threads between barriers, run in a random order."""
         self.functions.cuda_on_cpu_set_seed(ctypes.c_uint(seed))
 
+    def set_driver(self, version: int = 13000) -> None:
+        """As the runtime tells it: 12010 for CUDA 12.1; 0 for none."""
+        self.functions.cuda_on_cpu_set_driver(version)
+
     def fail(self, call: str) -> None:
         """From now on this call of the runtime ("launch" for a kernel) returns an error; "" for none."""
         self.functions.cuda_on_cpu_fail(call.encode())

@@ -283,6 +283,15 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid argument";
 }
 
+namespace {
+int driver_version = 13000;
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = driver_version;
+  return status_of("cudaDriverGetVersion");
+}
+
 // ---- for the tests, through ctypes ----
 
 extern "C" {
@@ -300,4 +309,5 @@ int cuda_on_cpu_num_blocks() { return observed.num_blocks; }
 uint64_t cuda_on_cpu_stream() { return reinterpret_cast<uint64_t>(observed.stream); }
 int cuda_on_cpu_capture_was_relaxed() { return observed.capture_was_relaxed; }
 int cuda_on_cpu_capture_mode() { return capture_mode; }
+void cuda_on_cpu_set_driver(int version) { driver_version = version; }
 }

@@ -105,3 +105,6 @@ double shuffle_down(unsigned mask, double value, int distance, int line);
 #define gridDim (cuda_on_cpu::grid_size())
 #define __syncthreads() cuda_on_cpu::synchronize_block(__LINE__)
 #define __shfl_down_sync(mask, value, distance) cuda_on_cpu::shuffle_down(mask, value, distance, __LINE__)
+
+// The driver's, as in 12010 for CUDA 12.1.
+cudaError_t cudaDriverGetVersion(int* version);

@@ -40,6 +40,7 @@ def library(loaded_library: abi.Library) -> Iterator[abi.Library]:
     yield loaded_library
     loaded_library.set_machine()
     loaded_library.set_seed(0)
+    loaded_library.set_driver()
     loaded_library.fail("")
 
 
