@@ -175,6 +175,12 @@ def test_odd_configurations_warn_and_are_followed(name: str, params: Params, wor
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize("decay_lr_rate", [2.2e-311, -2.2e-311])
+def test_a_decay_that_would_take_longer_than_any_double_says(decay_lr_rate: float) -> None:
+    cycle = {**CYCLE, "cycle_first_step_size": 9, "decay_lr_rate": decay_lr_rate, "decay_step_size": 1}
+    assert_same("OneCycle", cycle)
+
+
 #: The lengths that people use: DeepSpeed's defaults, and the configurations of its documentation.
 USUAL: list[tuple[str, Params]] = [
     ("LRRangeTest", {}),

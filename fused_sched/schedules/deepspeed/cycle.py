@@ -152,6 +152,8 @@ class OneCycle(DeepSpeedSchedule):
             )
         if self.decay_lr_rate * self.decay_step_size < 0.0:
             pole = self._total - self.decay_step_size / self.decay_lr_rate
+            if math.isinf(pole):
+                return None
             return (
                 f"after the cycle the rate grows, without bound near update {pole:g}, and is negative from there, got "
                 f"decay_lr_rate={self.decay_lr_rate!r} and decay_step_size={self.decay_step_size!r}; make both positive"
@@ -198,9 +200,10 @@ class OneCycle(DeepSpeedSchedule):
     def lower(self) -> Tree:
         low, high, total = self.cycle_min_lr, self.cycle_max_lr, self._total
         tail = flat(low)
-        if self.decay_lr_rate and self.decay_step_size:
+        length = self.decay_step_size / self.decay_lr_rate if self.decay_lr_rate else 0.0
+        # Beyond the largest double no update is late enough to tell the decay from none.
+        if length and math.isfinite(length):
             # 1 - (t - T) / -length: from the other end, (t - T + length) / length would cancel where it is small.
-            length = self.decay_step_size / self.decay_lr_rate
             tail = Curve("power", origin=total, divisor=-length, complement=True, p=-1.0, scale=low)
         children, ends = self._cycle(low, high)
         return phases((*children, tail), ends)
