@@ -86,7 +86,7 @@ BUGS = {
     "NaNs of a split master kept": (ORDINARY_UPDATE, "if (is_nan_bits(bits_of(sum))) return false;", "", ""),
     "subnormal directions with all digits": (ORDINARY_UPDATE, "if (smallest_weight < 0x1p-64f) return false;", "", ""),
     "too small a step size": (ORDINARY_UPDATE, "step >= 0x1p-62f", "step >= 0.0f", ""),
-    "too large a bias correction": (ORDINARY_UPDATE, " && s.inv_sqrt_bias2 < 0x1p15f", "", ""),
+    "denominators without a normal reciprocal": (ORDINARY_UPDATE, " && s.eps < 0x1p100f", "", ""),
     "weights without decay lose their sign": (ORDINARY_UPDATE, "scalars.decay : -0.0f", "scalars.decay : 0.0f", ""),
     "roots of subnormals": (
         "cuda/ordinary.cuh",

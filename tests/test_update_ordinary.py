@@ -26,10 +26,12 @@ GROUPS = [
     GroupSpec(lr=1e-3, beta1=0.0, eps=1e-30),
     GroupSpec(lr=1e-3, eps=0.0, weight_decay=0.0),
     GroupSpec(lr=1e-3, eps=1e11),
+    GroupSpec(lr=1e-3, eps=1.5e38),  # its reciprocal is subnormal
     GroupSpec(lr=0.0),
     GroupSpec(lr=1e-21, weight_decay=0.0),  # step sizes below those that are vouched for
     GroupSpec(lr=1e12, weight_decay=0.0),
-    GroupSpec(lr=1e-3, beta2=1.0 - 1e-12),  # inv_sqrt_bias2 above
+    GroupSpec(lr=1e-3, beta2=1.0 - 1e-15),
+    GroupSpec(lr=1e-3, beta2=1.0),  # as a tensor may be: the bias correction is infinite
 ]
 
 NOT_FINITE = [np.inf, -np.inf, np.nan]

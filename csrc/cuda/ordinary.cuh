@@ -12,14 +12,17 @@
 
 namespace fused_sched {
 
-// MUFU: estimates with an error of about an ulp, of normal numbers. The host's are better.
+// MUFU: estimates with an error of about an ulp, of normal numbers; subnormals, given or due, are zeros. The host's
+// are better.
+FS_DEVICE float without_subnormals(float value) { return fabsf(value) < 0x1p-126f ? 0.0f : value; }
+
 FS_DEVICE float reciprocal_estimate(float value) {
 #if defined(__CUDA_ARCH__)
   float estimate;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(estimate) : "f"(value));
   return estimate;
 #else
-  return 1.0f / value;
+  return without_subnormals(1.0f / without_subnormals(value));
 #endif
 }
 
@@ -29,7 +32,7 @@ FS_DEVICE float reciprocal_root_estimate(float value) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(estimate) : "f"(value));
   return estimate;
 #else
-  return 1.0f / sqrtf(value);
+  return 1.0f / sqrtf(without_subnormals(value));
 #endif
 }
 
@@ -66,7 +69,7 @@ FS_DEVICE ScaledRoot square_root(Ordinary value) {
   return {multiply_add(residual, estimate * 0.5f, root)};
 }
 
-// A quotient times 2^64, likewise. Unlike the quotient it is never subnormal.
+// A quotient times 2^64, likewise. One that is subnormal even so need not be the nearest.
 struct ScaledQuotient {
   float value;
 };
@@ -74,7 +77,7 @@ FS_DEVICE Ordinary multiply_add(float factor, ScaledQuotient quotient, Ordinary 
   return {multiply_add(factor * 0x1p-64f, quotient.value, addend.value)};
 }
 
-// Of any a, by 0 <= b < 2^35: a NaN where b is zero or subnormal, a infinite or 2^63 and more, or the quotient too
+// Of any a, by 0 <= b < 2^125: a NaN where b is zero or subnormal, a infinite or 2^63 and more, or the quotient too
 // large. nvcc subtracts the residual the other way round, which loses the sign of a zero.
 FS_DEVICE ScaledQuotient operator/(Ordinary a, Ordinary b) {
   const float scaled = a.value * 0x1p64f;
