@@ -3,13 +3,14 @@
     python3 -m benchmarks.gpu_check [--dry-run] [--only build,selftest,...] [--from benchmark] [--out DIR] [--total 520]
 
 Builds with the torch that is there; compares every byte of the kernels' results with the CPU build's; checks that
-nobody waits, runs the benchmark, the tests marked `cuda`, compute-sanitizer and ncu. Each stage runs whatever became of
-the others; the exit status is 1 if one failed. A stage whose tool is missing, or may not be used, is left.
+nobody waits, runs the benchmark, the tests marked `cuda`, compute-sanitizer and ncu, and times what csrc/cuda could
+have chosen otherwise. Each stage runs whatever became of the others; the exit status is 1 if one failed. A stage whose
+tool is missing, or may not be used, is left.
 
 Everything is made in build/gpu_check, a log per stage. gpu.json and the benchmark's report (cuda.json, .md, .png) are
-then copied into benchmarks/results; with --out into DIR, after every stage and together with stages.json and
-gpu_check.log: the six files to take from a machine whose files you copy back. Better in two commands, of which the
-first says whether the second is worth its time:
+then copied into benchmarks/results; with --out into DIR, after every stage and together with stages.json,
+gpu_check.log and tune.json: the seven files to take from a machine whose files you copy back. Better in two commands,
+of which the first says whether the second is worth its time:
 
     make gpu-check ARGS="--only build,build-selftest,selftest,torch-checks --out DIR"
     make gpu-check ARGS="--from benchmark --out DIR"
@@ -125,6 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
             kept += results.reports(device)
             if not (WORK / f"{device}.json").exists():
                 outcomes.append(Outcome("report", "failed", 0.0, "the benchmark left none"))
+        if stage.name == "tune":
+            kept.append("tune.json")
         results.write(WORK, outcomes, device)
         results.copy(WORK, out, kept)
     show("", *map(results.line, outcomes), *([results.compact(WORK)] if "benchmark" in wanted else []))

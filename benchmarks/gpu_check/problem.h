@@ -113,6 +113,16 @@ inline void store(uint8_t* memory, int64_t index, int format, double value) {
   }
 }
 
+// Drawing is slow: of larger tensors so many elements, which then repeat.
+constexpr int64_t kDrawn = 1 << 17;
+
+inline void repeat(Buffer& buffer, int64_t numel, int element_bytes) {
+  const size_t drawn = static_cast<size_t>(kDrawn * element_bytes), all = static_cast<size_t>(numel * element_bytes);
+  for (size_t at = drawn; at < all; at += drawn) {
+    memcpy(buffer.host() + at, buffer.host(), std::min(drawn, all - at));
+  }
+}
+
 struct Tensor {
   int64_t numel;
   Buffer param;
@@ -139,7 +149,7 @@ inline Tensor make_tensor(const Formats& formats, int64_t numel, int64_t misalig
                    {},
                    Buffer(sizeof(StepRecord))};
   for (const size_t size : sizes) tensor.slots.emplace_back(size);
-  for (int64_t i = 0; i < numel; ++i) {
+  for (int64_t i = 0; i < std::min(numel, kDrawn); ++i) {
     const double value = random_numbers.value();
     store(tensor.param.host(), i, formats.param, value);
     uint8_t* const master = tensor.slots[kMasterWeight].host();
@@ -150,6 +160,8 @@ inline Tensor make_tensor(const Formats& formats, int64_t numel, int64_t misalig
       memcpy(master + i * kMasterBytes[formats.master], &remainder, static_cast<size_t>(kMasterBytes[formats.master]));
     }
   }
+  repeat(tensor.param, numel, kFormatBytes[formats.param]);
+  repeat(tensor.slots[kMasterWeight], numel, kMasterBytes[formats.master]);
   tensor.param.upload();
   tensor.slots[kMasterWeight].upload();
   return tensor;
@@ -202,7 +214,10 @@ class Problem {
 
   void draw_grads(bool with_infinity) {
     for (Tensor& tensor : tensors_) {
-      for (int64_t i = 0; i < tensor.numel; ++i) store(tensor.grad.host(), i, formats_.grad, random_numbers.value());
+      for (int64_t i = 0; i < std::min(tensor.numel, kDrawn); ++i) {
+        store(tensor.grad.host(), i, formats_.grad, random_numbers.value());
+      }
+      repeat(tensor.grad, tensor.numel, kFormatBytes[formats_.grad]);
     }
     Tensor& last = tensors_.back();
     if (with_infinity && last.numel > 0) store(last.grad.host(), last.numel - 1, formats_.grad, INFINITY);

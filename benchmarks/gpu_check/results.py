@@ -1,6 +1,6 @@
-"""What is kept of a run: at most six files, brought up to date after every stage.
+"""What is kept of a run: at most seven files, brought up to date after every stage.
 
-gpu.json and the benchmark's report (<device>.json, .md, .png), stages.json, and one log of all stages.
+gpu.json and the benchmark's report (<device>.json, .md, .png), stages.json, tune.json, and one log of all stages.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 // The GPU's kernels against the CPU build, without torch: after every step each byte of parameters, state, step counts,
 // clock, rates and norm must be the same.
 //
-//     selftest check|small|roots|once SCHEDULE [elements]
+//     selftest check|small|roots|once|time SCHEDULE [elements]
 //
 // check: every combination of formats, aligned and misaligned, many tensors, a skipped step; and roots. small: a few of
 // them, for compute-sanitizer. roots: the GPU's roots and quotients, which begin with its approximate instructions, for
-// gradients of every mantissa. once: updates of three formats, of which a profiler sees the last. SCHEDULE: a file with
-// a schedule program.
+// gradients of every mantissa. once: updates of three formats, of which a profiler sees the last. time: how long steps
+// take. SCHEDULE: a file with a schedule program.
+#include <chrono>
+
 #include "problem.h"
 
 using namespace fused_sched;
@@ -22,7 +24,7 @@ const char* const kMomentsName[] = {FS_MOMENTS(FS_NAME)};
 constexpr int kSteps = 5, kSkippedStep = 2;
 constexpr int64_t kFloatsFrom1To4 = 1 << 24, kRandomFloats = 1 << 20;
 // A GPU that has been idle raises its clocks within some milliseconds of work.
-constexpr int kWarmSteps = 20;
+constexpr int kWarmSteps = 20, kTimedSteps = 50;
 
 bool check(const Formats& formats, const std::vector<int64_t>& sizes, int64_t misaligned, const std::string& schedule) {
   Problem problem(formats, sizes, misaligned, schedule);
@@ -120,6 +122,31 @@ const Formats kFew[] = {{kFloat32, kFloat32, kMasterNone, kMomentsFloat32, false
                         {kBfloat16, kBfloat16, kMasterSplit16, kMomentsBfloat16, false},
                         {kBfloat16, kBfloat16, kMasterSplit8, kMoments8bit, false}};
 
+const Formats kTimed[] = {{kFloat32, kFloat32, kMasterNone, kMomentsFloat32, false},
+                          {kBfloat16, kBfloat16, kMasterSplit16, kMomentsFloat32, false},
+                          {kBfloat16, kBfloat16, kMasterSplit16, kMomentsBfloat16, false},
+                          {kBfloat16, kBfloat16, kMasterSplit8, kMoments8bit, false}};
+
+// Steps of the device, one behind the other, milliseconds each.
+bool time_steps(const Formats& formats, int64_t count, const std::string& schedule) {
+  using Clock = std::chrono::steady_clock;
+  Problem problem(formats, {count}, 0, schedule);
+  problem.draw_grads(false);
+  bool good = true;
+  for (const bool with_norm : {false, true}) {
+    for (int step = 0; step < kWarmSteps; ++step) good = good && problem.step(kDevice, with_norm);
+    device_synchronize();
+    const Clock::time_point begin = Clock::now();
+    for (int step = 0; step < kTimedSteps; ++step) good = good && problem.step(kDevice, with_norm);
+    device_synchronize();
+    const std::chrono::duration<double, std::milli> passed = Clock::now() - begin;
+    printf("time %s + %s%s: %.5f ms\n", kMasterName[formats.master], kMomentsName[formats.moments],
+           with_norm ? ", norm" : "", passed.count() / kTimedSteps);
+    fflush(stdout);
+  }
+  return good;
+}
+
 int run(const std::string& mode, const std::string& schedule, int64_t elements) {
   bool good = true;
   if (mode == "check") {
@@ -137,6 +164,8 @@ int run(const std::string& mode, const std::string& schedule, int64_t elements) 
     for (const Formats& formats : kFew) {
       for (const int64_t misaligned : {0, 1}) good &= check(formats, {1, 257, 2049, 5000}, misaligned, schedule);
     }
+  } else if (mode == "time") {
+    for (const Formats& formats : kTimed) good &= time_steps(formats, elements, schedule);
   } else {
     for (const Formats& formats : kFew) good &= run_once(formats, elements, schedule);
   }
@@ -147,8 +176,8 @@ int run(const std::string& mode, const std::string& schedule, int64_t elements) 
 
 int main(int count, char** arguments) {
   const std::string mode = count > 2 ? arguments[1] : "";
-  if (mode != "check" && mode != "small" && mode != "roots" && mode != "once") {
-    printf("selftest check|small|roots|once SCHEDULE [elements]\n");
+  if (mode != "check" && mode != "small" && mode != "roots" && mode != "once" && mode != "time") {
+    printf("selftest check|small|roots|once|time SCHEDULE [elements]\n");
     return 64;
   }
   std::string schedule;
@@ -161,6 +190,9 @@ int main(int count, char** arguments) {
   fclose(file);
   printf("%s\n", device_name());
   const int status = run(mode, schedule, count > 3 ? atoll(arguments[3]) : 1 << 16);
-  printf("%s: %s\n", mode.c_str(), status != 0 ? "FAILED" : mode == "once" ? "done" : "every byte equal");
+  printf("%s: %s\n", mode.c_str(),
+         status != 0                        ? "FAILED"
+         : mode == "once" || mode == "time" ? "done"
+                                            : "every byte equal");
   return status;
 }

@@ -37,6 +37,7 @@ NCU_REFUSES = r"LibraryNotLoaded|ERR_NVGPUCTRPERM|driver resource was unavailabl
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZER_REFUSES = r"Device not supported"
 DRY_TESTS = ["tests/test_norm.py"]
+TINY = ["--dry-run", "--elements", str(DRY_ELEMENTS), "--rounds", "1"]
 DRY_CASES = "formats/split16_fp32,formats/split16_bf16"
 #: Where CUDA's tools are installed, which often are not on PATH.
 TOOLS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")
@@ -90,7 +91,14 @@ def stages(out: Path, dry_run: bool, architecture: str | None = None) -> list[St
             _ncu(name, metrics, [selftest, "once", schedule, str(DRY_ELEMENTS if dry_run else NCU_ELEMENTS)], dry_run)
             for name, metrics in (("ncu", NCU_METRICS), ("ncu-more", NCU_MORE_METRICS))
         ),
+        Stage("tune", [*_tune(out, architecture), *(TINY if dry_run else [])], 200),
     ]
+
+
+def _tune(out: Path, architecture: str | None) -> list[str]:
+    target = ["--architecture", architecture] if architecture else []
+    command = [PYTHON, "-m", "benchmarks.gpu_check.tune", str(out / "selftest")]
+    return [*command, "--out", str(out / "tune.json"), *target]
 
 
 def _sanitizer(tool: str, command: list[str], dry_run: bool) -> Stage:

@@ -1,7 +1,8 @@
 // The numbers of the CUDA path. tests/test_sass.py reads from the compiled code that they hold. None was measured on a
-// GPU yet: they follow from registers, spills and bytes in flight (docs/measured.md), and `make gpu-check` is to settle
-// them. So is what was left out: programmatic dependent launch of the update behind the clock (sm_90 on) would hide the
-// start of one launch, some microseconds of a step, and blocks that hold an SM while the clock runs.
+// GPU yet: they follow from registers, spills and bytes in flight (docs/measured.md), and the last stage of `make
+// gpu-check` (benchmarks/gpu_check/tune.py) is to settle them. Left out, and to be measured: programmatic dependent
+// launch of the update behind the clock (sm_90 on), which would hide the start of one launch, some microseconds of a
+// step, and have blocks hold an SM while the clock runs.
 #pragma once
 
 namespace fused_sched {
