@@ -38,12 +38,7 @@ BUGS = {
         "",
     ),
     "misaligned vector": (INSTANCE, " && at.has_aligned_param() && grad_aligned", "", "address"),
-    "0/0 left in the padding": (
-        INSTANCE,
-        "if constexpr (Instance::kHasMaster) clear_padding<kPiece>(stored.kept, at.count);",
-        "",
-        "",
-    ),
+    "NaNs left in the padding": (INSTANCE, "    clear_padding(stored.exp_avg_sq, at.count);\n", "", ""),
     "scale not stored": (INSTANCE, "    __stcs(at.exp_avg_scale, stored.exp_avg_scale);\n", "", ""),
     "random bits of the thread's first element": (
         ORDINARY_UPDATE,
@@ -94,7 +89,6 @@ BUGS = {
         "value.value;\n  const float estimate = reciprocal_root",
         "",
     ),
-    "root of zero": ("cuda/ordinary.cuh", "fmaxf(scaled, 0x1p-96f)", "scaled", ""),
     "zeros lose their sign in a quotient": (
         "cuda/ordinary.cuh",
         "multiply_add(b.value, quotient, -scaled);\n  return {multiply_add(-reciprocal, excess",
@@ -109,7 +103,6 @@ BUGS = {
         "",
     ),
     "subnormal first moment decoded as a normal one": (CODES, "& 0xbf80bf80u", "& 0xbf80bf80u | 0x04000400u", ""),
-    "padding of codes kept": (INSTANCE, "  codes.clear_from(count);\n", "", ""),
     "element by element with the new scales": (
         "cuda/update_any.cuh",
         "typename First::Scale(first_scale)",

@@ -104,6 +104,19 @@ def test_odd_numbers(library: abi.Library, instance: Instance, share: float) -> 
     assert_updated(problem, expected)
 
 
+@pytest.mark.parametrize("instance", [*INSTANCES, *(i for i in CUDA_INSTANCES if i[0] == "fp64")], ids=instance_id)
+def test_an_infinite_factor_stays_within_the_tensor(library: abi.Library, instance: Instance) -> None:
+    """Zero gradients turn into NaNs; what lies past the end is zero still (assert_updated)."""
+    param, grad, master, moments, amsgrad = instance
+    groups = [GroupSpec(grad_divisor=0.0)]
+    problem = Problem([TensorSpec(n, param, grad, master, amsgrad, moments) for n in (1, 33, 300)], groups)
+    call = problem.call()
+    library.clock(call)
+    expected = after_update(problem)
+    library.update(call)
+    assert_updated(problem, expected)
+
+
 def test_every_bit_pattern_of_8_bit_state(library: abi.Library, cpu_library: abi.CpuLibrary) -> None:
     """All that a checkpoint could hold, scales above 240, which nobody writes, included: as the CPU has it."""
     rng = np.random.default_rng(1)

@@ -4,8 +4,8 @@
                                              [--out FILE]
 
 FOLDER has the self-test (`benchmarks.gpu_check.build`), whose mode `time` every variant runs, in alternation. Writes
-FILE, by default FOLDER/tune.json, and prints each variant's time over that of the sources as they are: above 1, the choice is right.
---dry-run: the sources as they are, on the CPU.
+FILE, by default FOLDER/tune.json, and prints each variant's time over that of the sources as they are: above 1, the
+choice is right. --dry-run: the sources as they are, on the CPU.
 """
 
 from __future__ import annotations

@@ -39,21 +39,10 @@ FS_DEVICE uint32_t bytes_of(uint32_t first, uint32_t second, uint32_t selector) 
   return __byte_perm(first, second, selector);
 }
 
-struct CodeWords {
-  uint32_t word[4];
-
-  FS_DEVICE void clear_from(int count) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int kept = count - 4 * i;
-      if (kept < 4) word[i] &= kept > 0 ? (1u << (8 * kept)) - 1u : 0u;
-    }
-  }
-};
-
 template <>
-struct PackedCodes<Moments8bit::First<float>> : CodeWords {
+struct PackedCodes<Moments8bit::First<float>> {
   using Codec = Moments8bit::First<float>;
+  uint32_t word[4];
 
   FS_DEVICE bool has_nan() const {
     uint32_t full = 0;
@@ -92,8 +81,9 @@ struct PackedCodes<Moments8bit::First<float>> : CodeWords {
 };
 
 template <>
-struct PackedCodes<Moments8bit::Second<float>> : CodeWords {
+struct PackedCodes<Moments8bit::Second<float>> {
   using Codec = Moments8bit::Second<float>;
+  uint32_t word[4];
 
   FS_DEVICE bool has_nan() const {
     uint32_t full = 0;

@@ -112,18 +112,13 @@ FS_DEVICE float load_one_grad(const UpdateTable& table, uint64_t base, int64_t e
 
 // ---- all of a thread's -----------------------------------------------------------------------------
 
-// State past the end of a tensor stays zero whatever the arithmetic gave there: with eps = 0 it is 0/0.
-template <int kPiece, class T, int kCount>
+// State past the end of a tensor stays zero.
+template <class T, int kCount>
 FS_DEVICE void clear_padding(Vector<T, kCount>& state, int count) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    if (piece_offset<kPiece>(i) >= count) state.element[i] = T(0);
+    if (i >= count) state.element[i] = T(0);
   }
-}
-
-template <int kPiece, class Codec>
-FS_DEVICE void clear_padding(PackedCodes<Codec>& codes, int count) {
-  codes.clear_from(count);
 }
 
 // What a thread has loaded of its elements, as stored.
@@ -201,11 +196,11 @@ FS_DEVICE Elements<Instance> load(const UpdateTable& table, const ThreadElements
 template <class Instance>
 FS_DEVICE void store(const ThreadElements<Instance>& at, Stored<Instance>& stored) {
   constexpr int kPiece = Instance::kPiece;
-  if (!at.has_all()) {
-    clear_padding<kPiece>(stored.exp_avg, at.count);
-    clear_padding<kPiece>(stored.exp_avg_sq, at.count);
-    if constexpr (Instance::kHasMax) clear_padding<kPiece>(stored.max_exp_avg_sq, at.count);
-    if constexpr (Instance::kHasMaster) clear_padding<kPiece>(stored.kept, at.count);
+  // Ordinary numbers leave zeros zeros. With an infinite grad_factor a zero becomes a NaN, in double.
+  if constexpr (Instance::kWide) {
+    clear_padding(stored.exp_avg, at.count);
+    clear_padding(stored.exp_avg_sq, at.count);
+    if constexpr (Instance::kHasMax) clear_padding(stored.max_exp_avg_sq, at.count);
   }
   if (at.has_all() && at.has_aligned_param()) {
     store_vector<kPiece>(at.param, stored.param);
