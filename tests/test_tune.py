@@ -41,6 +41,17 @@ def test_times_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert tune.AS_IT_IS in capsys.readouterr().out
 
 
+def test_a_variant_that_fails_ends_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = tmp_path / "selftest"
+    program.write_text('#!/bin/sh\n[ -e "$LD_LIBRARY_PATH/broken" ] && exit 3\necho "time none + fp32: 0.5 ms"\n')
+    program.chmod(0o755)
+    names = list(tune.VARIANTS)[:3]
+    (tune.folder_of(tmp_path, names[1]) / "broken").touch()
+    times = tune.time_variants(tmp_path, names, 1, 2, dry_run=False)
+    assert times == {name: {"none + fp32": [0.5, 0.5]} for name in (names[0], names[2])}
+    assert f"{names[1]}: the self-test ended with 3" in capsys.readouterr().out
+
+
 def test_variants_are_told_as_ratios() -> None:
     times = {tune.AS_IT_IS: {"case": [2.0, 1.0, 4.0]}, "another": {"case": [3.0, 3.5, 1.0]}}
     first, as_it_is, another = tune.table(times)

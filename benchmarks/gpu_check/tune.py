@@ -56,6 +56,7 @@ VARIANTS: dict[str, list[Change]] = {
         Change("tuning.h", "kUpdateBlocksPerSm = 4", "kUpdateBlocksPerSm = 8"),
         Change(_INSTANCE, "? kUpdateBlocksPerSm - 2", "? kUpdateBlocksPerSm - 4"),
         Change(_INSTANCE, "? kUpdateBlocksPerSm - 1", "? kUpdateBlocksPerSm - 2"),
+        Change("launch.cu", " * kElementsPerThreadFloat64 >= kMaxElements", " > 0"),  # of the largest tensors of all
     ],
     "a block for every tile": [
         Change("launch.cu", "table_->num_tiles < resident ? table_->num_tiles : resident", "table_->num_tiles")
@@ -95,27 +96,33 @@ def sources(folder: Path, changes: Sequence[Change]) -> Path:
     return csrc
 
 
-def compile_variants(folder: Path, names: Sequence[str], architecture: str) -> None:
-    """Each into folder/<its number>/libdevice.so."""
+def compile_variants(folder: Path, names: Sequence[str], architecture: str) -> dict[str, str]:
+    """Each into folder/<its number>/libdevice.so; why one could not be compiled."""
     cuda = toolchain.find_cuda_toolkit({**os.environ, "FUSED_SCHED_CUDA": "1"})
     flags = [*ninja_file.NVCC_FLAGS, f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-    commands = []
-    for name in names:
-        target = folder_of(folder, name)
-        csrc = sources(target, VARIANTS[name])
-        for source in SOURCES:
-            command = [cuda.nvcc, *flags, f"-I{csrc}", "-c", str(csrc / "cuda" / source)]
-            commands.append([*command, "-o", str(target / f"{source}.o")])
-    commands.sort(key=lambda command: "bf16" not in command[-1])  # the longest first
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(run, commands))
     compiler = list(toolchain.find_cpp_compiler().command)
     rest = [path for path in objects("csrc.cuda.*.o") if not path.endswith(tuple(f".{source}.o" for source in SOURCES))]
     runtime = [cuda.runtime_library, "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-pthread"]
-    for name in names:
-        target = folder_of(folder, name)
-        shutil.copyfile(folder / "device.o", target / "device.o")
-        link(compiler, target, "device", [*(str(target / f"{source}.o") for source in SOURCES), *rest, *runtime])
+    failed: dict[str, str] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = {}
+        for name in names:
+            target = folder_of(folder, name)
+            csrc = sources(target, VARIANTS[name])
+            for source in SOURCES:
+                command = [cuda.nvcc, *flags, f"-I{csrc}", "-c", str(csrc / "cuda" / source)]
+                compiled[name, source] = pool.submit(run, [*command, "-o", str(target / f"{source}.o")])
+        for name in names:
+            target = folder_of(folder, name)
+            shutil.copyfile(folder / "device.o", target / "device.o")
+            try:
+                for source in SOURCES:
+                    compiled[name, source].result()
+                made = [str(target / f"{source}.o") for source in SOURCES]
+                link(compiler, target, "device", [*made, *rest, *runtime])
+            except RuntimeError as error:
+                failed[name] = str(error)
+    return failed
 
 
 def folder_of(folder: Path, name: str) -> Path:
@@ -127,17 +134,19 @@ def folder_of(folder: Path, name: str) -> Path:
 def time_variants(
     folder: Path, names: Sequence[str], elements: int, rounds: int, dry_run: bool
 ) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds by variant and case."""
+    """Milliseconds by variant and case. One that fails is left out from there on."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     for _ in range(rounds):
-        for name in names:
+        for name in list(found):
             environment = dict(os.environ)
             if not dry_run:
                 environment["LD_LIBRARY_PATH"] = str(folder_of(folder, name))
             command = [str(folder / "selftest"), "time", str(folder / "schedule"), str(elements)]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode != 0:
-                raise RuntimeError(f"{name}: the self-test ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+                print(f"{name}: the self-test ended with {done.returncode}:\n{done.stdout}{done.stderr}", flush=True)
+                del found[name]
+                continue
             for match in LINE.finditer(done.stdout):
                 found[name].setdefault(match["case"], []).append(float(match["ms"]))
     return found
@@ -170,12 +179,15 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no variant is called {', '.join(unknown)}; variants are {', '.join(VARIANTS)}")
     names = list(dict.fromkeys([AS_IT_IS, *wanted]))
     folder = options.folder.resolve()
-    if not options.dry_run:
-        compile_variants(folder, names, options.architecture)
-    times = time_variants(folder, names, options.elements, options.rounds, options.dry_run)
+    failed = {} if options.dry_run else compile_variants(folder, names, options.architecture)
+    for name, why in failed.items():
+        print(f"{name}: {why}", flush=True)
+    good = [name for name in names if name not in failed]
+    times = time_variants(folder, good, options.elements, options.rounds, options.dry_run)
     (options.out or folder / "tune.json").write_text(json.dumps(times, indent=1) + "\n")
-    print("\n".join(table(times)))
-    return 0
+    if AS_IT_IS in times:
+        print("\n".join(table(times)))
+    return int(len(times) < len(names))
 
 
 if __name__ == "__main__":
