@@ -34,6 +34,10 @@ class Instruction(NamedTuple):
         return bool(self.predicate) or bool(re.match(r"!?U?P\d", self.operands))
 
 
+#: Between where a thread gives up and the end of the loop over tiles lie its stores and the loop over single elements:
+#: a target nearer to the end than this is the loop's own.
+BYTES_AT_THE_END = 512
+
 Passed = tuple[int, int, int]  # roots, bytes loaded, bytes stored
 
 
@@ -77,7 +81,9 @@ def _gives_up(kernel: list[Instruction], num_roots: int, end: int) -> set[int]:
     """Where a thread goes that has found a number that is not ordinary, before the roots or after them."""
     roots = [instruction.address for instruction in kernel if instruction.name.startswith("MUFU.RSQ")]
     first, last = roots[0], roots[num_roots - 1]
-    branches = [(i.address, i.target) for i in kernel if i.target is not None and last < i.target < end - 512]
+    branches = [
+        (i.address, i.target) for i in kernel if i.target is not None and last < i.target < end - BYTES_AT_THE_END
+    ]
     return {t for a, t in branches if a < first} & {t for a, t in branches if last <= a < t}
 
 

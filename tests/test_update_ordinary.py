@@ -104,9 +104,58 @@ def test_odd_numbers(library: abi.Library, instance: Instance, share: float) -> 
     assert_updated(problem, expected)
 
 
+def test_a_direction_that_rounds_to_two_to_the_64(library: abi.Library, cpu_library: abi.CpuLibrary) -> None:
+    """Times 2^64 it is infinite, though its first approximation is not: the weights' sum is an infinity and no NaN."""
+    odd = (41, 47, 55)
+    groups = [GroupSpec(lr=5e-4, beta1=0.5, eps=n * 2.0**-24, weight_decay=0.0) for n in odd]
+    problem = Problem([TensorSpec(256, group=i, ordinal=i) for i in range(len(odd))], groups)
+    for i, n in enumerate(odd):
+        problem.params[i].data[:] = 1.0
+        problem.state(i)["exp_avg"][:] = 2.0**41 * n
+    before = problem.snapshot()
+    results = []
+    for backend in (library, cpu_library):
+        problem.restore(before)
+        call = problem.call()
+        backend.clock(call)
+        backend.update(call)
+        results.append(np.concatenate([param.data for param in problem.params]))
+    assert_same_bits(*results, "cuda and cpu")
+    assert np.isfinite(results[0]).all()
+
+
+@pytest.mark.parametrize("log2_step", [-20, 29, 78])
+def test_subnormal_directions(library: abi.Library, cpu_library: abi.CpuLibrary, log2_step: int) -> None:
+    """Times 2^64 they have more digits, which weights must not see, whatever they are and whatever the step size."""
+    rng = np.random.default_rng(log2_step + 100)
+    # In the first step a beta1 of 0.5 halves a first moment and doubles the rate.
+    groups = [GroupSpec(lr=2.0 ** (log2_step - 1), beta1=0.5, eps=1234.5, weight_decay=0.0)]
+    problem = Problem([TensorSpec(1 << 16, ordinal=i) for i in range(2)], groups)
+    for i, weights in enumerate((range(-100, -80), range(-70, -50))):
+        n = problem.specs[i].numel
+        # A thread's weights are alike, so that the smallest does not decide for others.
+        exponent = np.repeat(rng.choice(np.array(weights), n // 8), 8)
+        problem.params[i].data[:] = rng.uniform(1.0, 2.0, n) * 2.0**exponent
+        directions = rng.uniform(1.0, 2.0, n) * 2.0 ** rng.integers(-140, -126, n)
+        problem.state(i)["exp_avg"][:] = 2.0 * 1234.5 * directions
+    before = problem.snapshot()
+    results = []
+    for backend in (library, cpu_library):
+        problem.restore(before)
+        call = problem.call()
+        backend.clock(call)
+        backend.update(call)
+        results.append(np.concatenate([param.data for param in problem.params]))
+    assert_same_bits(*results, "cuda and cpu")
+
+
+@pytest.mark.parametrize("backend", ["library", "cpu_library"])
 @pytest.mark.parametrize("instance", [*INSTANCES, *(i for i in CUDA_INSTANCES if i[0] == "fp64")], ids=instance_id)
-def test_an_infinite_factor_stays_within_the_tensor(library: abi.Library, instance: Instance) -> None:
+def test_an_infinite_factor_stays_within_the_tensor(
+    request: pytest.FixtureRequest, instance: Instance, backend: str
+) -> None:
     """Zero gradients turn into NaNs; what lies past the end is zero still (assert_updated)."""
+    library: abi.StepLibrary = request.getfixturevalue(backend)
     param, grad, master, moments, amsgrad = instance
     groups = [GroupSpec(grad_divisor=0.0)]
     problem = Problem([TensorSpec(n, param, grad, master, amsgrad, moments) for n in (1, 33, 300)], groups)

@@ -286,6 +286,8 @@ void update_tile(const Place& place, T* weight, const T* grad, Tile<T>& tile) {
                                                    tile.exp_avg, tile.exp_avg_sq, run.exp_avg_scale + first_group,
                                                    run.exp_avg_sq_scale + first_group, num_groups, scalars,
                                                    place.random_key(), place.first_element());
+      // With an infinite grad_factor zeros became NaNs.
+      for (int64_t i = place.count; i < count; ++i) tile.exp_avg[i] = tile.exp_avg_sq[i] = 0;
       if (has_tail && weight != tile.weight) memcpy(weight, tile.weight, sizeof(T) * static_cast<size_t>(place.count));
     } else {
       update_coded<First, Second, kFlags>(weight, grad, tile.exp_avg, tile.exp_avg_sq, count, scalars,

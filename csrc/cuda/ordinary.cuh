@@ -3,9 +3,11 @@
 // nvcc's own root and quotient ask of every operand whether it is zero, subnormal or near the ends of the range, and
 // branch to a subroutine if so: 9 of their 22 instructions, zeros take five times as long, and no two elements overlap.
 // Here what is small is scaled, and for the rest the caller vouches, for all of a thread's elements at once. What is
-// left are the instructions of nvcc 13's fast paths (cuobjdump of __fsqrt_rn and __fdiv_rn), in their order, so results
-// are IEEE's. On the CPU that holds for estimates within one ulp, for every root, and 3e8 random quotients, within two;
-// gpu-check compares roots and quotients of every float in [1, 4) with the CPU's.
+// left are the instructions of nvcc 13's fast paths (cuobjdump of __fsqrt_rn and __fdiv_rn), in their order and in
+// their ranges. That results are IEEE's rests on that: for estimates half an ulp off a few are not (2^k by the float
+// before a power of two; the root of 0x406e9372), so NVIDIA's tables matter. With the host's estimates every root is,
+// and were 3e8 random quotients. gpu-check compares the GPU's: roots of every float in [1, 4) and the hardest
+// quotients.
 #pragma once
 
 #include "runtime.h"
@@ -77,8 +79,8 @@ FS_DEVICE Ordinary multiply_add(float factor, ScaledQuotient quotient, Ordinary 
   return {multiply_add(factor * 0x1p-64f, quotient.value, addend.value)};
 }
 
-// Of any a, by 0 <= b < 2^125: a NaN where b is zero or subnormal, a infinite or 2^63 and more, or the quotient too
-// large. nvcc subtracts the residual the other way round, which loses the sign of a zero.
+// Of any a, by 0 <= b < 2^125: a NaN or an infinity where b is zero or subnormal, a infinite or 2^63 and more, or the
+// quotient 2^64 or more. nvcc subtracts the residual the other way round, which loses the sign of a zero.
 FS_DEVICE ScaledQuotient operator/(Ordinary a, Ordinary b) {
   const float scaled = a.value * 0x1p64f;
   const float estimate = reciprocal_estimate(b.value);

@@ -7,7 +7,7 @@ namespace fused_sched {
 
 // 2^(scale - 112) is a float up to this one.
 constexpr uint32_t kMaxUnitScale = 239;
-// 2^-scale is a float, be it a subnormal one, up to scale 149: that of magnitudes below this power of two.
+// 2^-scale is a float, be it a subnormal one, up to scale 149; magnitudes below this power of two have 148 at most.
 constexpr uint32_t kLargestPackedLog2 = 36;
 
 // A code is a small float's exponent and significand, and so are fp16's upper bits, which processors convert,

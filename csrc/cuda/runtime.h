@@ -15,9 +15,14 @@
 
 #define FS_DEVICE __device__ __forceinline__
 
-// What the compiler may rely on.
+// What the compiler may rely on; on the CPU a mistake ends the test.
 #if defined(__CUDA_ARCH__)
 #define FS_ASSUME(condition) __builtin_assume(condition)
+#elif defined(FS_CUDA_ON_CPU)
+#define FS_ASSUME(condition)            \
+  do {                                  \
+    if (!(condition)) __builtin_trap(); \
+  } while (false)
 #else
 #define FS_ASSUME(condition) static_cast<void>(0)
 #endif

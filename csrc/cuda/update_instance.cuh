@@ -196,7 +196,8 @@ FS_DEVICE Elements<Instance> load(const UpdateTable& table, const ThreadElements
 template <class Instance>
 FS_DEVICE void store(const ThreadElements<Instance>& at, Stored<Instance>& stored) {
   constexpr int kPiece = Instance::kPiece;
-  // Ordinary numbers leave zeros zeros. With an infinite grad_factor a zero becomes a NaN, in double.
+  // Ordinary numbers leave zeros zeros (of either sign, with a negative beta1, which a tensor may hold). With an
+  // infinite grad_factor a zero becomes a NaN, in double.
   if constexpr (Instance::kWide) {
     clear_padding(stored.exp_avg, at.count);
     clear_padding(stored.exp_avg_sq, at.count);

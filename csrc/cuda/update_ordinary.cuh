@@ -7,8 +7,9 @@
 
 namespace fused_sched {
 
-// What Ordinary asks of a step's scalars: that denominators stay below 2^125 and a scaled step size a float with all
-// its digits. (1 / sqrt(1 - beta2^t) is at most 2^27 in double, or infinite.)
+// What Ordinary asks of a step's scalars. Denominators stay below 2^125 (1 / sqrt(1 - beta2^t) is at most 2^27 in
+// double, or infinite). A step size divided by 2^64 is a float with all its digits; and a subnormal direction, below
+// 2^-126, moves a weight by less than 2^-96.
 FS_DEVICE bool is_ordinary(const StepScalars<float>& s) {
   const float step = fabsf(s.step_size);
   return s.eps >= 0.0f && s.eps < 0x1p100f && s.inv_sqrt_bias2 >= 1.0f && s.inv_sqrt_bias2 < 0x1p60f &&
@@ -126,12 +127,12 @@ FS_DEVICE bool update_ordinary(Stored<Instance>& stored, const Elements<Instance
     return {exp_avg_sq[i]};
   };
 
-  // Compared as bits, negative ones and NaNs are larger than any other.
+  // Compared as bits, negative ones and NaNs are larger than any other. Of amsgrad's, NaNs and negative ones were
+  // replaced, and roots of infinities are NaNs.
   uint32_t largest_second = 0;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     largest_second = larger(largest_second, bits_of(exp_avg_sq[i]));
-    if constexpr (Instance::kHasMax) largest_second = larger(largest_second, bits_of(root_of(i).value));
   }
   constexpr uint32_t kTooLarge = (127u + (Instance::kHasScales ? kLargestPackedLog2 : 60u)) << 23;
   if (largest_second >= kTooLarge) return false;
@@ -157,10 +158,11 @@ FS_DEVICE bool update_ordinary(Stored<Instance>& stored, const Elements<Instance
     weight[i] = moved_weight(decode_ordinary_weight(stored, i), along, of_weights).value;
     sum += weight[i];
   }
-  // Weights that are NaN now, or were one in a split master; and first moments that are not finite or too large.
-  if (is_nan_bits(bits_of(sum))) return false;
+  // Weights that are not finite, or were a NaN in a split master; first moments and quotients that are not or too
+  // large.
+  if ((bits_of(sum) & kMagnitudeMask) >= kInfinityBits) return false;
   // A direction that is subnormal has fewer digits than its ScaledQuotient. That makes no difference to a weight of
-  // 2^-64 or more, whose last place is beyond any subnormal's.
+  // 2^-64 or more: what it is moved by is less than half of its last place.
   constexpr uint32_t kSubnormalBelow = (127u - 62u) << 23;  // 2^64 times the smallest normal float
   if (smallest_quotient < kSubnormalBelow * 2u - 1u) {
     float smallest_weight = INFINITY;
