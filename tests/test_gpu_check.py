@@ -62,6 +62,8 @@ def test_roots_and_quotients_are_compared(tmp_path: Path, flag: str) -> None:
     state = "FAILED" if flag else "ok    "
     compared = [line for line in lines if "roots and quotients" in line]
     assert compared == [f"{state} roots and quotients of 4096 floats: {names}" for names in formats]
+    divided = [line for line in lines if " quotients of 2048 floats by 0x1.ffff" in line and formats[1] in line]
+    assert [line[:6] for line in divided] == [state] * 3
 
 
 def test_a_profiler_sees_steps_of_both_kinds_after_others(tmp_path: Path) -> None:

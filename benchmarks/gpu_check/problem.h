@@ -167,11 +167,19 @@ inline Tensor make_tensor(const Formats& formats, int64_t numel, int64_t misalig
   return tensor;
 }
 
+// Of the first of the two groups; the other has eps, too.
+struct Options {
+  double beta1 = 0.9;
+  double eps = 1e-8;
+};
+
 class Problem {
  public:
   // schedule: of the rate, which is 1 and 2 in the two groups without one.
-  Problem(const Formats& formats, const std::vector<int64_t>& sizes, int64_t misaligned, const std::string& schedule)
+  Problem(const Formats& formats, const std::vector<int64_t>& sizes, int64_t misaligned, const std::string& schedule,
+          const Options& options = {})
       : formats_(formats),
+        options_(options),
         clock_(sizeof(Clock)),
         program_(schedule.size()),
         values_(kNumGroups * sizeof(GroupValues)),
@@ -271,10 +279,10 @@ class Problem {
       GroupRecord& group = groups[g];
       group.lr.scale = 1.0 + g;
       group.lr.program = program_.size() > 0 ? program_.at(side) : 0;
-      group.beta1.scale = g == 0 ? 0.9 : 0.3;
+      group.beta1.scale = g == 0 ? options_.beta1 : 0.3;
       group.beta2.scale = 0.999;
       group.weight_decay.scale = 0.1;
-      group.eps = 1e-8;
+      group.eps = options_.eps;
       group.grad_divisor = 2.0;
       group.flags = g == 0 ? kGroupDecoupled : kGroupMaximize;
     }
@@ -324,6 +332,7 @@ class Problem {
   }
 
   Formats formats_;
+  Options options_;
   std::vector<Tensor> tensors_;
   Buffer clock_, program_, values_, scalars_, norm_;
   std::vector<Buffer> groups_, chunk_sums_;

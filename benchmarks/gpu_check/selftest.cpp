@@ -78,10 +78,32 @@ bool check_roots(const Formats& formats, int64_t count) {
   return good;
 }
 
+// The hardest quotients have denominators just below a power of two. Squares of these gradients are zero, so that eps
+// is the denominator, and the numerators, half of them, have every mantissa.
+bool check_quotients(const Formats& formats, uint32_t denominator, int64_t count) {
+  Problem problem(formats, {count}, 0, "", {0.5, float_of(denominator) * 0x1p-30});
+  problem.clear_weights();
+  const int64_t stride = (int64_t{1} << 23) / count;
+  problem.set_grads(
+      [&](size_t, int64_t i) { return float_of(0x3f800000u + static_cast<uint32_t>(i * stride)) * 0x1p-80; });
+  bool good = problem.step(kOracle, false) && problem.step(kDevice, false);
+  device_synchronize();
+  good = good && problem.agrees();
+  printf("%s quotients of %lld floats by %a: %s parameters, %s + %s\n", good ? "ok    " : "FAILED",
+         static_cast<long long>(count), static_cast<double>(float_of(denominator)), kFormatName[formats.param],
+         kMasterName[formats.master], kMomentsName[formats.moments]);
+  fflush(stdout);
+  return good;
+}
+
 bool check_roots(int64_t count) {
   bool good = check_roots({kFloat32, kFloat32, kMasterNone, kMoments8bit, false}, count);
   good &= check_roots({kFloat32, kFloat32, kMasterNone, kMomentsFloat32, false}, count);
-  return good & check_roots({kBfloat16, kFloat32, kMasterSplit16, kMomentsBfloat16, false}, count);
+  good &= check_roots({kBfloat16, kFloat32, kMasterSplit16, kMomentsBfloat16, false}, count);
+  for (const uint32_t denominator : {0x3fffffffu, 0x3ffffffdu, 0x3ffffffbu}) {
+    good &= check_quotients({kFloat32, kFloat32, kMasterNone, kMomentsFloat32, false}, denominator, count / 2);
+  }
+  return good;
 }
 
 // The last step of either kind, with the norm and without, is for the profiler.
