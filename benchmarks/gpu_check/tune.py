@@ -157,10 +157,10 @@ def table(times: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
     medians = {name: {case: statistics.median(ms) for case, ms in cases.items()} for name, cases in times.items()}
     base = medians[AS_IT_IS]
     width = max(map(len, medians))
-    lines = ["".ljust(width) + "".join(f"{case:>26}" for case in base)]
+    lines = ["".ljust(width) + "".join(f"{case:>21}" for case in base)]
     for name, cases in medians.items():
         cells = [f"{cases[case]:.3f} ms" if name == AS_IT_IS else f"{cases[case] / base[case]:.3f}" for case in base]
-        lines.append(name.ljust(width) + "".join(f"{cell:>26}" for cell in cells))
+        lines.append(name.ljust(width) + "".join(f"{cell:>21}" for cell in cells))
     return lines
 
 
