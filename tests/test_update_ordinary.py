@@ -85,6 +85,20 @@ def fill(problem: Problem, rng: np.random.Generator, share: float) -> None:
                 state[slot][: spec.entries(slot)] = with_some(rng, stored, odd, share)
 
 
+def on_both(problem: Problem, *backends: abi.StepLibrary) -> list[list[np.ndarray]]:
+    """A step of each backend from the same memory: parameters, one behind the other, and each stream of state."""
+    before = problem.snapshot()
+    results = []
+    for backend in backends:
+        problem.restore(before)
+        call = problem.call()
+        backend.clock(call)
+        backend.update(call)
+        params = np.concatenate([param.data for param in problem.params])
+        results.append([params, *(buffer.data.copy() for buffer in problem.arenas[0].values())])
+    return results
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.2])
 @pytest.mark.parametrize("instance", INSTANCES, ids=instance_id)
 def test_odd_numbers(library: abi.Library, instance: Instance, share: float) -> None:
@@ -112,16 +126,9 @@ def test_a_direction_that_rounds_to_two_to_the_64(library: abi.Library, cpu_libr
     for i, n in enumerate(odd):
         problem.params[i].data[:] = 1.0
         problem.state(i)["exp_avg"][:] = 2.0**41 * n
-    before = problem.snapshot()
-    results = []
-    for backend in (library, cpu_library):
-        problem.restore(before)
-        call = problem.call()
-        backend.clock(call)
-        backend.update(call)
-        results.append(np.concatenate([param.data for param in problem.params]))
-    assert_same_bits(*results, "cuda and cpu")
-    assert np.isfinite(results[0]).all()
+    actual, expected = on_both(problem, library, cpu_library)
+    assert_same_bits(actual[0], expected[0], "param")
+    assert np.isfinite(actual[0]).all()
 
 
 @pytest.mark.parametrize("log2_step", [-20, 29, 78])
@@ -138,15 +145,8 @@ def test_subnormal_directions(library: abi.Library, cpu_library: abi.CpuLibrary,
         problem.params[i].data[:] = rng.uniform(1.0, 2.0, n) * 2.0**exponent
         directions = rng.uniform(1.0, 2.0, n) * 2.0 ** rng.integers(-140, -126, n)
         problem.state(i)["exp_avg"][:] = 2.0 * 1234.5 * directions
-    before = problem.snapshot()
-    results = []
-    for backend in (library, cpu_library):
-        problem.restore(before)
-        call = problem.call()
-        backend.clock(call)
-        backend.update(call)
-        results.append(np.concatenate([param.data for param in problem.params]))
-    assert_same_bits(*results, "cuda and cpu")
+    actual, expected = on_both(problem, library, cpu_library)
+    assert_same_bits(actual[0], expected[0], "param")
 
 
 @pytest.mark.parametrize("backend", ["library", "cpu_library"])
@@ -177,13 +177,5 @@ def test_every_bit_pattern_of_8_bit_state(library: abi.Library, cpu_library: abi
             stored[:n] = rng.integers(0, 256, n).astype(np.uint8).view(stored.dtype)
         problem.params[index].data[:] = rng.integers(0, 1 << 16, spec.numel)
         problem.grads[index].data[:] = emulation.encode(rng.standard_normal(spec.numel).astype(np.float32), "bf16")
-    before = problem.snapshot()
-    results = []
-    for backend in (library, cpu_library):
-        problem.restore(before)
-        call = problem.call()
-        backend.clock(call)
-        backend.update(call)
-        results.append([np.array(buffer.data) for buffer in [*problem.params, *problem.arenas[0].values()]])
-    for actual, expected in zip(*results, strict=True):
+    for actual, expected in zip(*on_both(problem, library, cpu_library), strict=True):
         assert_same_bits(actual, expected, "cuda and cpu")

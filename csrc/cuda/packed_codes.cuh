@@ -39,28 +39,47 @@ FS_DEVICE uint32_t bytes_of(uint32_t first, uint32_t second, uint32_t selector) 
   return __byte_perm(first, second, selector);
 }
 
-template <>
-struct PackedCodes<Moments8bit::First<float>> {
-  using Codec = Moments8bit::First<float>;
+struct CodeWords {
   uint32_t word[4];
 
-  FS_DEVICE bool has_nan() const {
+  // Whether a byte has all bits set, or has with those of `set`.
+  FS_DEVICE bool has_full_byte(uint32_t set) const {
     uint32_t full = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) full |= full_bytes(word[i] | 0x80808080u);
+    for (int i = 0; i < 4; ++i) full |= full_bytes(word[i] | set);
     return (full & 0x80808080u) != 0;
   }
 
-  FS_DEVICE void decode(uint32_t scale, float (&value)[16]) const {
+  // halves: of a word and which half of it, two codes as fp16.
+  template <class Halves>
+  FS_DEVICE void decode_halves_of(uint32_t scale, float (&value)[16], const Halves& halves) const {
     const float unit = unit_of(scale);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      // Each code below eight times its sign. Shifted, the lowest of these is fp16's sign; of the others none is left.
-      const uint32_t pair = bytes_of(word[i / 2], 0, i % 2 == 0 ? 0x9180 : 0xb3a2) << 7 & 0xbf80bf80u;
-      decode_halves(pair, value[2 * i], value[2 * i + 1]);
+      decode_halves(halves(word[i / 2], i % 2), value[2 * i], value[2 * i + 1]);
       value[2 * i] *= unit;
       value[2 * i + 1] *= unit;
     }
+  }
+
+  // Of every pair's halves the lower bytes.
+  FS_DEVICE void pack(const uint32_t (&pair)[8]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) word[i] = bytes_of(pair[2 * i], pair[2 * i + 1], 0x6420);
+  }
+};
+
+template <>
+struct PackedCodes<Moments8bit::First<float>> : CodeWords {
+  using Codec = Moments8bit::First<float>;
+
+  FS_DEVICE bool has_nan() const { return has_full_byte(0x80808080u); }
+
+  FS_DEVICE void decode(uint32_t scale, float (&value)[16]) const {
+    decode_halves_of(scale, value, [](uint32_t word, int half) {
+      // Each code below eight times its sign. Shifted, the lowest of these is fp16's sign; of the others none is left.
+      return bytes_of(word, 0, half == 0 ? 0x9180 : 0xb3a2) << 7 & 0xbf80bf80u;
+    });
   }
 
   // random: of pairs.
@@ -75,50 +94,35 @@ struct PackedCodes<Moments8bit::First<float>> {
       const uint32_t words = bytes_of(lower, upper, 0x7632);  // each: sign, 0000, seven bits of code, four of the draw
       pair[i] = (words >> 4 & 0x007f007fu) | (words >> 8 & ~0x007f007fu);
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) word[i] = bytes_of(pair[2 * i], pair[2 * i + 1], 0x6420);
+    pack(pair);
   }
 };
 
 template <>
-struct PackedCodes<Moments8bit::Second<float>> {
+struct PackedCodes<Moments8bit::Second<float>> : CodeWords {
   using Codec = Moments8bit::Second<float>;
-  uint32_t word[4];
 
-  FS_DEVICE bool has_nan() const {
-    uint32_t full = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) full |= full_bytes(word[i]);
-    return (full & 0x80808080u) != 0;
-  }
+  FS_DEVICE bool has_nan() const { return has_full_byte(0); }
 
   FS_DEVICE void decode(uint32_t scale, float (&value)[16]) const {
-    const float unit = unit_of(scale);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t pair = bytes_of(word[i / 2], 0, i % 2 == 0 ? 0x4140 : 0x4342) << 6;
-      decode_halves(pair, value[2 * i], value[2 * i + 1]);
-      value[2 * i] *= unit;
-      value[2 * i + 1] *= unit;
-    }
+    decode_halves_of(scale, value,
+                     [](uint32_t word, int half) { return bytes_of(word, 0, half == 0 ? 0x4140 : 0x4342) << 6; });
   }
 
   FS_DEVICE void encode(const float (&value)[16], uint32_t scale, const uint32_t (&random)[8]) {
+    constexpr int kDrawn = 32 - Codec::kDropped;
     const float inverse = inverse_of(scale);
     uint32_t pair[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const uint32_t lower = bits_of(value[2 * i] * inverse) + (random[i] >> (32 - Codec::kDropped));
-      const uint32_t upper =
-          bits_of(value[2 * i + 1] * inverse) + (exchange_halves(random[i]) >> (32 - Codec::kDropped));
+      const uint32_t lower = bits_of(value[2 * i] * inverse) + (random[i] >> kDrawn);
+      const uint32_t upper = bits_of(value[2 * i + 1] * inverse) + (exchange_halves(random[i]) >> kDrawn);
       pair[i] = bytes_of(lower, upper, 0x7632) >> (Codec::kDropped - 16);
     }
+    pack(pair);
     uint32_t zeros = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      word[i] = bytes_of(pair[2 * i], pair[2 * i + 1], 0x6420);
-      zeros |= full_bytes(~word[i]);
-    }
+    for (int i = 0; i < 4; ++i) zeros |= full_bytes(~word[i]);
     if ((zeros & 0x80808080u) == 0) return;
     // What is not zero gets a code that is not.
 #pragma unroll
