@@ -83,10 +83,12 @@ struct MasterFloat32 {
 //
 // A parameter edited outside keeps its remainder, at most half of its last place. Only a zero or an infinity
 // can meet a remainder that no float leaves beside it; the sum is then the bits of a NaN, and the parameter wins.
+FS_HD uint32_t joined_bits(uint16_t param, int32_t remainder) {
+  return (static_cast<uint32_t>(param) << 16) + static_cast<uint32_t>(remainder);
+}
 FS_HD float join_halves(uint16_t param, int32_t remainder) {
-  const uint32_t upper = static_cast<uint32_t>(param) << 16;
-  const uint32_t bits = upper + static_cast<uint32_t>(remainder);
-  return float_of(is_nan_bits(bits) ? upper : bits);
+  const uint32_t bits = joined_bits(param, remainder);
+  return float_of(is_nan_bits(bits) ? joined_bits(param, 0) : bits);
 }
 
 struct MasterSplit16 {
@@ -140,7 +142,7 @@ constexpr bool kIsSplit = std::is_same<Master, MasterSplit16>::value || std::is_
 template <class Param, class Master>
 FS_HD float decode_or_nan(typename Param::Storage param, typename Master::Storage kept) {
   if constexpr (kIsSplit<Master>) {
-    return float_of((static_cast<uint32_t>(param) << 16) + static_cast<uint32_t>(kept * Master::kUnit));
+    return float_of(joined_bits(param, kept * Master::kUnit));
   } else {
     return Master::template decode<Param>(param, kept);
   }

@@ -1,7 +1,7 @@
 // Floats whose roots and quotients need no special case: a type for the templates of core/adam.h.
 //
 // nvcc's own root and quotient ask of every operand whether it is zero, subnormal or near the ends of the range, and
-// branch to a subroutine if so: 9 of their 22 instructions, zeros take five times as long, and no two elements overlap.
+// branch to a subroutine if so: 9 of their 20 instructions, zeros take the subroutines, and no two elements overlap.
 // Here what is small is scaled, and for the rest the caller vouches, for all of a thread's elements at once. What is
 // left are the instructions of nvcc 13's fast paths (cuobjdump of __fsqrt_rn and __fdiv_rn), in their order and in
 // their ranges. That results are IEEE's rests on that: for estimates half an ulp off a few are not (2^k by the float
