@@ -38,7 +38,8 @@ void prefetch_grad(const fs_tensor& tensor) {
 
 void sum_norm(const fs_call& call) {
   const int64_t length = norm_chunk_length(call);
-  const WorkUnits& work = work_units(call, std::max(length, kUnitLength / length * length), length);
+  const int64_t unit_length = std::max(length, kUnitLength / length * length);
+  const WorkUnits& work = work_units(call, [=](int64_t) { return unit_length; }, length);
   const fs_sum_squares sum_squares = instruction_set().sum_squares;
   parallel_for(static_cast<int64_t>(work.units.size()), call.num_threads, [&](int64_t index) {
     const WorkUnit& unit = work.units[static_cast<size_t>(index)];

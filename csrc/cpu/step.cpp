@@ -19,6 +19,9 @@ namespace {
 // fp32 parameters take about 30 us), small enough to balance a model of many small tensors.
 constexpr int64_t kUnitLength = 32768;
 
+// What comes from memory goes in longer ones, up to 2^21 elements.
+constexpr int64_t kMostUnitsInOne = 64;
+
 // A thread is woken for no fewer units than this: waking takes some 10 us, two units in cache 20 us.
 constexpr int64_t kMinUnitsPerThread = 2;
 
@@ -138,19 +141,22 @@ void clock(fs_call& call) {
   for (int64_t i = 0; i < call.num_tensors; ++i) advance_tensor(call, i, grad_scale, clip);
 }
 
-// At a unit's beginning nothing has been asked for ahead: from memory, units of 2^19 elements make steps 7 to 13%
-// shorter (docs/measured.md). Sixteen a thread, so that none waits long for the last.
-int64_t length_from_memory(int64_t num_elements, int32_t num_threads) {
-  const int64_t units = num_elements / (16 * int64_t{std::max(num_threads, 1)}) / kUnitLength;
-  return kUnitLength * std::clamp<int64_t>(units, 1, 16);
+// From memory, of which nothing has been asked for ahead where a unit begins: half of each thread's share of the
+// elements that are left, so that units are long, and the last ones short, for which the other threads wait
+// (docs/measured.md).
+int64_t length_from_memory(int64_t num_left, int32_t num_threads) {
+  const int64_t units = num_left / (2 * int64_t{std::max(num_threads, 1)}) / kUnitLength;
+  return kUnitLength * std::clamp<int64_t>(units, 1, kMostUnitsInOne);
 }
 
 void update(fs_call& call) {
   int64_t num_elements = 0;
   for (int64_t i = 0; i < call.num_tensors; ++i) num_elements += call.tensors[i].numel;
   const bool from_memory = num_elements >= kFromMemory;
-  const int64_t length = from_memory ? length_from_memory(num_elements, call.num_threads) : kUnitLength;
-  const std::vector<WorkUnit>& units = work_units(call, length, kUnitLength).units;
+  const auto unit_length = [&](int64_t before) {
+    return from_memory ? length_from_memory(num_elements - before, call.num_threads) : kUnitLength;
+  };
+  const std::vector<WorkUnit>& units = work_units(call, unit_length, kUnitLength).units;
   const int64_t num_units = static_cast<int64_t>(units.size());
   const fs_update_run update_run = instruction_set().update_run;
   const int num_threads = static_cast<int>(std::min<int64_t>(call.num_threads, num_units / kMinUnitsPerThread));

@@ -25,25 +25,31 @@ struct WorkUnits {
   int64_t num_chunks = 0;
 };
 
-// unit_length: about how many elements a unit has, a multiple of chunk_length. A tensor begins a new chunk; empty ones
-// have none. The units are the calling thread's, until its next call: a steady step allocates nothing.
-inline const WorkUnits& work_units(const fs_call& call, int64_t unit_length, int64_t chunk_length) {
+// unit_length(before): about how many elements a unit has that begins after so many of the call, a multiple of
+// chunk_length. A tensor begins a new chunk; empty ones have none. The units are the calling thread's, until its next
+// call: a steady step allocates nothing.
+template <class UnitLength>
+const WorkUnits& work_units(const fs_call& call, const UnitLength& unit_length, int64_t chunk_length) {
   thread_local WorkUnits work;
   std::vector<WorkUnit>& units = work.units;
   units.clear();
+  int64_t before = 0;
   int64_t chunk = 0;
   bool extends = false;  // whether the last unit takes further tensors
   for (int64_t i = 0; i < call.num_tensors; ++i) {
     const int64_t numel = call.tensors[i].numel;
-    if (extends && units.back().count + numel <= unit_length) {
+    int64_t length = unit_length(before);
+    if (extends && units.back().count + numel <= length) {
       units.back().end = i + 1;
       units.back().count += numel;
     } else {
-      extends = 0 < numel && numel <= unit_length;
-      for (int64_t first = 0; first < numel; first += unit_length) {
-        units.push_back({i, i + 1, first, std::min(unit_length, numel - first), chunk + first / chunk_length});
+      extends = 0 < numel && numel <= length;
+      for (int64_t first = 0; first < numel; first += length) {
+        length = unit_length(before + first);
+        units.push_back({i, i + 1, first, std::min(length, numel - first), chunk + first / chunk_length});
       }
     }
+    before += numel;
     chunk += numel <= chunk_length ? numel > 0 : (numel + chunk_length - 1) / chunk_length;
   }
   work.num_chunks = chunk;
