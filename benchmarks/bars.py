@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from .measure import Measured
-from .names import OURS, ROOF
+from .names import CPU_ADAM, OURS, RIVAL, ROOF
 from .timing import median_ratio
 
 Results = Mapping[str, list[Measured]]  # by case
@@ -40,7 +40,7 @@ class Verdict(NamedTuple):
 
 FORMATS_AT_THE_ROOF = ("fp32", "param32_bf16", *(f"{m}_{s}" for m in ("split16", "fp32") for s in ("fp32", "bf16")))
 EIGHT_BIT = ("split16_8bit", "split8_8bit")
-FUSED, KERNEL = "torch fused", "torch kernel"
+FUSED, KERNEL = RIVAL, "torch kernel"
 
 BARS = [
     # CPU, two cores, 16.8M elements
@@ -55,10 +55,10 @@ BARS = [
     *(
         Bar("cpu", case, peer, OURS, 1.0)
         for case, peer in (
-            ("formats/fp32", "DeepSpeed CPUAdam"),
+            ("formats/fp32", CPU_ADAM),
             ("formats/none_fp32", "DeepSpeed CPUAdam, bf16"),
-            ("cache/step", "DeepSpeed CPUAdam"),
-            *((f"models/{name} fp32", "DeepSpeed CPUAdam") for name in ("ResNet-50", "GPT-2 124M", "Llama 3 8B / 16")),
+            ("cache/step", CPU_ADAM),
+            *((f"models/{name} fp32", CPU_ADAM) for name in ("ResNet-50", "GPT-2 124M", "Llama 3 8B / 16")),
         )
     ),
     # GPU, 2^28 elements

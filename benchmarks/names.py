@@ -3,3 +3,4 @@
 OURS = "fused_sched"
 ROOF = "roof"
 RIVAL = "torch fused"
+CPU_ADAM = "DeepSpeed CPUAdam"

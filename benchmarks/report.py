@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fused_sched import backends, steady
 
 from . import nvidia_smi
 from .gpu_json import by_case, gpu_json, row_of
-from .names import OURS, RIVAL, ROOF
+from .names import CPU_ADAM, OURS, RIVAL, ROOF
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -109,23 +109,39 @@ def commit() -> str | None:
 # ---- tables ----------------------------------------------------------------------------------------------
 
 
-def summary(report: dict[str, Any]) -> str:
-    """The headline cases against torch's fused AdamW in fp32."""
-    lines = [f"| | {OURS} | torch fused, fp32 | torch / ours | of the roof |", "|---|---|---|---|---|"]
-    for words, ours, rival in _headlines(report):
-        lines.append(
-            f"| {words} | {milliseconds(ours)} | {milliseconds(rival)} | {_speedup(ours, rival):.2f} | "
-            f"{_percent(ours['roof_fraction'])} |"
-        )
+def summary(report: dict[str, Any], elsewhere: Mapping[str, dict[str, Any]] | None = None) -> str:
+    """The headline cases against torch's fused AdamW in fp32, and DeepSpeed's CPUAdam where it takes part.
+
+    elsewhere: reports of other machines by name, of which the ratios to torch are shown.
+    """
+    others = {name: _speedups(other) for name, other in (elsewhere or {}).items()}
+    header = [OURS, "torch fused, fp32", "torch / ours", "of the roof", "CPUAdam / ours"]
+    header += [f"torch / ours, {name}" for name in others]
+    lines = [f"| | {' | '.join(header)} |", "|---|" + "---|" * len(header)]
+    cases = by_case(report["results"])
+    for key, words, ours, rival in _headlines(report):
+        cpu_adam = row_of(cases[key], CPU_ADAM)
+        cells = [
+            *(words, milliseconds(ours), milliseconds(rival), f"{_speedup(ours, rival):.2f}"),
+            _percent(ours["roof_fraction"]),
+            "" if cpu_adam is None else f"{_speedup(ours, cpu_adam):.2f}",
+            *(f"{speedups[key]:.2f}" if key in speedups else "" for speedups in others.values()),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _headlines(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+def _headlines(report: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
+    """Case, words, our row and the rival's."""
     cases = by_case(report["results"])
     for key, words in HEADLINES.items():
         ours, rival = (row_of(cases.get(key, []), peer) for peer in PAIRS.get(key, (OURS, RIVAL)))
         if ours is not None and rival is not None:
-            yield words, ours, rival
+            yield key, words, ours, rival
+
+
+def _speedups(report: dict[str, Any]) -> dict[str, float]:
+    return {key: _speedup(ours, rival) for key, _, ours, rival in _headlines(report)}
 
 
 def _speedup(ours: dict[str, Any], rival: dict[str, Any]) -> float:
@@ -228,14 +244,14 @@ def draw(report: dict[str, Any], path: Path, description: str = "") -> None:
             ax.patch.set_visible(not transparent)
             ax.spines[["top", "right"]].set_visible(False)
         places = range(len(rows))
-        speedups = [_speedup(ours, rival) for _, ours, rival in rows]
+        speedups = [_speedup(ours, rival) for _, _, ours, rival in rows]
         speed.barh(places, speedups, color=_OURS)
         speed.axvline(1.0, color=_AXIS, linewidth=1.0)
         for place, speedup in enumerate(speedups):
             speed.annotate(f" {speedup:.2f}", (speedup, place), va="center")
-        speed.set(yticks=list(places), yticklabels=[words for words, _, _ in rows])
+        speed.set(yticks=list(places), yticklabels=[words for _, words, _, _ in rows])
         speed.set_xlabel("steps in the time of one of torch's fused AdamW in fp32")
-        fractions = [ours["roof_fraction"] or 0.0 for _, ours, _ in rows]
+        fractions = [ours["roof_fraction"] or 0.0 for _, _, ours, _ in rows]
         roof.barh(places, [100 * fraction for fraction in fractions], color=_RIVAL)
         roof.set(xlabel="% of the speed of the machine's memory", xlim=(0, 110))
         about = {"Title": "Optimizer steps", "Description": description}

@@ -2,7 +2,7 @@
 
 Bytes are those of the streams in `fused_sched/codec.py`; bounds and words stand here and are held against the code by
 tests/test_formats.py; losses are what `benchmarks/quality.py --json docs/images/quality.json` has measured,
-times what `python -m benchmarks` left in benchmarks/results/cpu.json.
+times what `python -m benchmarks` left in benchmarks/results/cpu.json, and on an older machine in cpu-zen4.json.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import report  # noqa: E402
 from fused_sched import codec, precision  # noqa: E402
 
-SPEED, SPEED_PICTURE = ROOT / "benchmarks/results/cpu.json", ROOT / "docs/images/speed.svg"
+RESULTS, SPEED_PICTURE = ROOT / "benchmarks/results", ROOT / "docs/images/speed.svg"
 README, QUALITY, PICTURE = ROOT / "README.md", ROOT / "docs/images/quality.json", ROOT / "docs/images/quality.svg"
 
 #: Rows of the table of bytes: parameters' dtype, masters that need the same.
@@ -203,17 +203,17 @@ def draw(path: Path) -> None:
 # ---- speed -----------------------------------------------------------------------------------------------
 
 
-def timed() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(SPEED.read_text())
+def timed(name: str = "cpu") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return found
 
 
 def speed() -> str:
-    return report.summary(timed())
+    return report.summary(timed(), {"Zen 4": timed("cpu-zen4")})
 
 
 def speed_conditions() -> str:
-    return report.described(timed())
+    return f"{report.described(timed())}\n\nThe last column: {report.described(timed('cpu-zen4'))}"
 
 
 def speed_digest() -> str:

@@ -318,7 +318,7 @@ def test_the_report_is_written(found: dict[str, Any], tmp_path: Path) -> None:
     assert paths[2].stat().st_size > 10_000
     assert report.summary(found).count("\n") == 1 + 3  # of two formats and the step in cache
     for width in {len(line.split("|")) for line in report.summary(found).splitlines()}:
-        assert width == 7
+        assert width == 8
 
 
 def test_the_summary_compares_what_a_row_names() -> None:
@@ -327,6 +327,18 @@ def test_the_summary_compares_what_a_row_names() -> None:
     ratios = {OURS: 1.0, FUSED: 9.0, "fused_sched.ops, prepared": 0.25, "torch kernel": 0.5}
     rows = [{**row, "peer": peer, "ratio": ratio} for peer, ratio in ratios.items()]
     assert report.summary({"results": rows}).splitlines()[-1].split(" | ")[3] == "2.00"
+
+
+def test_the_summary_has_cpu_adam_and_other_machines_beside() -> None:
+    def measured(*ratios: tuple[str, float]) -> dict[str, Any]:
+        row = {"suite": "cache", "case": "step", "ms": 1.0, "ms_quartiles": [1.0, 1.0], "roof_fraction": None}
+        return {"results": [{**row, "peer": peer, "ratio": ratio} for peer, ratio in ratios]}
+
+    here = measured((OURS, 1.0), (FUSED, 3.0), ("DeepSpeed CPUAdam", 1.25))
+    others = {"old": measured((OURS, 1.0), (FUSED, 1.5)), "older": measured((OURS, 1.0))}
+    header, _, line = report.summary(here, others).splitlines()
+    assert header.endswith("| CPUAdam / ours | torch / ours, old | torch / ours, older |")
+    assert line.endswith("| 3.00 |  | 1.25 | 1.50 |  |")
 
 
 def test_a_gpu_report_has_gpu_json(found: dict[str, Any], tmp_path: Path) -> None:
