@@ -30,7 +30,7 @@ SquareSum add_chunks(const SquareSum* chunks, int64_t count) {
 // Tensors between the one that is read and the one whose memory is asked for.
 constexpr int64_t kAhead = 4;
 
-void prefetch_grad(const fs_tensor& tensor) {
+FS_HD void prefetch_grad(const fs_tensor& tensor) {
   prefetch_stream(tensor.grad, tensor.numel * kFormatBytes[tensor.grad_format]);
 }
 

@@ -71,7 +71,7 @@ fs_run make_run(const fs_call& call, int64_t index, int64_t first, int64_t count
 }
 
 // What a tensor that is updated soon will read.
-void prefetch_tensor(const fs_call& call, const fs_tensor& tensor) {
+FS_HD void prefetch_tensor(const fs_call& call, const fs_tensor& tensor) {
   const fs_arena& arena = call.arenas[tensor.arena];
   const int64_t moment_bytes = tensor.param_format == kFloat64 ? 8 : kMomentBytes[tensor.moments];
   const uint64_t state = static_cast<uint64_t>(tensor.state_offset * moment_bytes);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../prefetch.h"
 #include "../step.h"
 
 namespace fused_sched {
@@ -58,10 +59,9 @@ const WorkUnits& work_units(const fs_call& call, const UnitLength& unit_length, 
 
 // Asks for the beginning of a stream that will be read soon: tensors lie anywhere, where the processor's own prefetcher
 // cannot know of them.
-inline void prefetch_stream(uint64_t address, int64_t bytes) {
+FS_HD void prefetch_stream(uint64_t address, int64_t bytes) {
   constexpr int64_t kBytes = 512;
-  const char* const begin = reinterpret_cast<const char*>(address);
-  for (int64_t offset = 0; offset < std::min(bytes, kBytes); offset += 64) __builtin_prefetch(begin + offset, 1, 3);
+  prefetch(reinterpret_cast<const void*>(address), std::min(bytes, kBytes));
 }
 
 }  // namespace fused_sched
