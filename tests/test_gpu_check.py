@@ -286,6 +286,8 @@ def test_commands_of_a_real_run(tmp_path: Path) -> None:
         "FUSED_SCHED_REQUIRE_CPU": "1",
         "FUSED_SCHED_CUDA_ARCHS": "90",
     }
+    assert dry["build"].command == planned["build"].command
+    assert dry["build"].environment == {"FUSED_SCHED_REQUIRE_CPU": "1"}
     assert planned["cuda-tests"].environment == {"FUSED_SCHED_REQUIRE_CUDA": "1"}
     assert planned["sanitizer-racecheck"].command[:5] == [
         *("compute-sanitizer", "--error-exitcode", "99", "--tool", "racecheck"),
