@@ -1,4 +1,8 @@
-"""The machine code of the CPU element loops: vectors of the right width, no calls, nothing leaked between sets."""
+"""The machine code of the CPU element loops: vectors of the right width, no calls, nothing leaked between sets.
+
+And whatever asks for memory ahead does ask: g++ removes calls of functions that it takes to have no effect, and then
+all is right, but slower.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from build_tools.ninja_file import CPP_FLAGS, X86_ISA_FLAGS  # noqa: E402
+from build_tools.toolchain import find_cpp_compiler  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or not all(map(shutil.which, ("g++", "nm", "objdump"))),
@@ -23,6 +28,16 @@ pytestmark = pytest.mark.skipif(
 #: Registers that a set's loops must work in, and packed instructions that only vectorised loops have.
 VECTORS = {"avx512": "zmm", "avx2": "ymm"}
 PACKED = ("vsqrtps", "vdivps", "vsqrtpd", "vdivpd")
+
+ASKS = r"\bprefetch\w+\s"
+STREAMS = 4  # parameter, gradient and moments
+BLOCK_LOOPS = 6  # update_blocks, by parameter's and moments' formats
+#: Instructions that ask, at least: each may be in a loop.
+ASKING = {"cpu/step.cpp": STREAMS, "cpu/norm.cpp": 1, "tensor_watch.h": 2 * 2}  # objects of Python and torch
+USES = {
+    "tensor_watch.h": "bool used(fused_sched::TensorWatch& watch, const pybind11::list& groups)"
+    " { return watch.repeats(groups); }"
+}
 
 
 @pytest.fixture(scope="module", params=sorted(X86_ISA_FLAGS))
@@ -70,3 +85,18 @@ def test_loops_use_the_registers_of_their_set_and_no_wider(compiled: tuple[str, 
         assert VECTORS[isa] in registers, f"{instruction} never works on {VECTORS[isa]} registers"
     assert re.search(rf"vfn?madd\d+ps\s+\S*%{VECTORS[isa]}", code)
     assert isa == "avx512" or "%zmm" not in code
+
+
+def test_blocks_ask_ahead(compiled: tuple[str, Path]) -> None:
+    isa, path = compiled
+    num_asked = len(re.findall(ASKS, run("objdump", "-d", "--no-show-raw-insn", path)))
+    assert num_asked >= (BLOCK_LOOPS * STREAMS if isa == "avx512" else 0)
+
+
+@pytest.mark.parametrize("file", ASKING)
+def test_tensors_to_come_are_asked_for(file: str, tmp_path: Path) -> None:
+    source = tmp_path / "source.cpp"
+    source.write_text(f'#include "{ROOT / "csrc" / file}"\n{USES.get(file, "")}\n')
+    includes = [f"-I{path}" for path in find_cpp_compiler().includes]
+    num_asked = len(re.findall(ASKS, run("g++", *CPP_FLAGS, *includes, "-S", source, "-o", "-")))
+    assert num_asked >= ASKING[file]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -300,7 +301,10 @@ def test_a_configuration_without_a_scheduler_has_no_schedule() -> None:
 
 def test_the_example_trains(tmp_path: Path) -> None:
     example = [sys.executable, str(ROOT / "examples" / "deepspeed_config.py")]
-    done = subprocess.run(example, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # the package may not be installed
+    done = subprocess.run(
+        example, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert done.returncode == 0, done.stdout
     lines = done.stdout.splitlines()
     assert lines[0] == "Learning rate after warm-up: 0.01"

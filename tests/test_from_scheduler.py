@@ -43,6 +43,8 @@ def test_at_any_position(config: Config, lr: float, position: int) -> None:
     before = run(live, position + 1)
     assume(before.error is None)
     schedule = outcome(converted, live, AHEAD)
+    # In torch 2.11, not in 2.13, a SequentialLR with a milestone of 0 leaves the child there an update behind.
+    assume(torch.__version__ >= (2, 13) or "must have been stepped by it alone" not in str(schedule))
     # OneCycleLR has moved the rate at which a cosine begins, but not the one to which it returns.
     assume(not (isinstance(schedule, ValueError) and "which OneCycleLR sets" in str(schedule)))
     assert_continues(live, schedule, max(map(abs, before.rates)))
