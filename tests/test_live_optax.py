@@ -26,6 +26,11 @@ from fused_sched._warnings import ScheduleWarning
 from fused_sched.schedules import Schedule
 from fused_sched.schedules import optax as ours
 
+try:
+    enable_x64 = jax.enable_x64
+except AttributeError:  # the newest jax for Python 3.10
+    from jax.experimental import enable_x64
+
 Config = dict[str, Any]
 
 NAMES = [name for name in ours.__all__ if name != "OptaxSchedule"]
@@ -111,7 +116,7 @@ def built(module: Any, name: str, config: Config) -> Any:
 
 def eager(schedule: Callable[[Any], Any]) -> np.ndarray[Any, Any]:
     """The library's formula in double precision: operation by operation, with an int64 count."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         return np.asarray(jax.vmap(schedule)(jnp.asarray(COUNTS, dtype=jnp.int64)), dtype=np.float64) + 0.0 * COUNTS
 
 
