@@ -156,6 +156,7 @@ class TensorWatch {
   // By what is known of the last step. torch keeps a tensor's shape amid what else is read of it.
   static FS_HD void ask_for(const Watched& watched) {
     prefetch(watched.param, sizeof(PyObject));
+    if (watched.row == nullptr) return;
     prefetch(watched.latest_grad, sizeof(PyObject));
     prefetch(reinterpret_cast<const void*>(reinterpret_cast<uint64_t>(watched.param_shape) - 64), 192);
     prefetch(reinterpret_cast<const void*>(reinterpret_cast<uint64_t>(watched.grad_shape) - 64), 192);
