@@ -57,7 +57,7 @@ format: $(STAMPS)/dev
 	@$(VENV)/bin/clang-format -i $(CPP_FILES)
 
 # docs/schedules.md, the tables of README.md and their pictures, from the code, from docs/images/quality.json and from
-# benchmarks/results/cpu.json.
+# benchmarks/results/cpu.json and cpu-zen4.json.
 docs: build
 	@$(PY) docs/make_schedules.py
 	@$(PY) docs/make_readme.py

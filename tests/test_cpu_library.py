@@ -142,7 +142,7 @@ def test_whole_steps_on_several_threads(cpu_library: abi.CpuLibrary) -> None:
 
 
 def test_units_of_any_length_cover_every_element(cpu_library: abi.CpuLibrary) -> None:
-    """From memory (2^22 elements on) a unit's length follows from the number of threads: 2^18 here, 2^17 and 2^16."""
+    """From memory (2^22 elements on) a unit's length follows from what is left and the number of threads."""
     sizes = [3 << 20, *range(250, 350), 1 << 20, UNIT + 1, 5]
     problem = Problem([TensorSpec(numel, moments="bf16", ordinal=i) for i, numel in enumerate(sizes)])
     problem.draw_grads()

@@ -301,9 +301,14 @@ def test_a_configuration_without_a_scheduler_has_no_schedule() -> None:
 
 def test_the_example_trains(tmp_path: Path) -> None:
     example = [sys.executable, str(ROOT / "examples" / "deepspeed_config.py")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # the package may not be installed
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # it may not be installed
     done = subprocess.run(
-        example, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        example,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert done.returncode == 0, done.stdout
     lines = done.stdout.splitlines()

@@ -213,6 +213,14 @@ BUGS = {
         "address",
     ),
     "chunks of a tensor's later units overwritten": ("cpu/work_units.h", "chunk + first / chunk_length}", "chunk}", ""),
+    "steps between units as long as the next one": (
+        "cpu/work_units.h",
+        "        length = unit_length(before + first);\n        units.push_back({i, i + 1, first, "
+        "std::min(length, numel - first), chunk + first / chunk_length});\n",
+        "        units.push_back({i, i + 1, first, std::min(length, numel - first), chunk + first / chunk_length});\n"
+        "        length = unit_length(before + first);\n",
+        "",
+    ),
     "state of a run's beginning": ("cpu/step.cpp", "tensor.state_offset + first;", "tensor.state_offset;", ""),
     "workers not waited for": (POOL, "    done_.wait(lock, [this] { return running_ == 0; });\n", "", "thread"),
     "workers count down at once": (

@@ -89,9 +89,14 @@ def test_the_demo_reaches_its_accuracy(device: str, tmp_path: Path, get_backend:
         for package in ("matplotlib", "rich", "sklearn"):  # which its machine may not have
             pytest.importorskip(package)
     demo = [sys.executable, str(ROOT / "examples" / "digits.py"), "--device", device, "--output", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # the package may not be installed
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # it may not be installed
     done = subprocess.run(
-        demo, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        demo,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert done.returncode == 0, done.stdout
     accuracy = re.search(r"test accuracy\D+([\d.]+)%", done.stdout)

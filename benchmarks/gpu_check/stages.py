@@ -63,7 +63,8 @@ def stages(out: Path, dry_run: bool, architecture: str | None = None) -> list[St
     """
     dry = ["--dry-run"] if dry_run else []
     selftest, schedule = str(out / "selftest" / "selftest"), str(out / "selftest" / "schedule")
-    # A dry run has use for the CPU's module alone, but replaces no other build by one without CUDA.
+    # A dry run needs the CPU's module alone, but builds CUDA's, too, where there is a toolkit: it must not replace a
+    # build with it by one without.
     build = {
         "FUSED_SCHED_REQUIRE_CPU": "1",
         **({} if dry_run else {"FUSED_SCHED_CUDA": "1"}),
@@ -73,9 +74,9 @@ def stages(out: Path, dry_run: bool, architecture: str | None = None) -> list[St
     bench += ["--quick", "--cases", DRY_CASES] if dry_run else "--device cuda --seconds 0.5 --budget 180".split()
     by_file = [PYTHON, "-m", "benchmarks.gpu_check.tests_by_file"]
     return [
-        # The first import of torch on a machine takes a minute and more.
         Stage("build", [PYTHON, "setup.py", "-q", "build_ext", "--inplace"], 400 if dry_run else 150, build),
-        Stage("build-selftest", [PYTHON, "-m", "benchmarks.gpu_check.build", str(out / "selftest"), *dry], 90),
+        # The first import of torch on a machine takes a minute and more.
+        Stage("build-selftest", [PYTHON, "-m", "benchmarks.gpu_check.build", str(out / "selftest"), *dry], 150),
         Stage("selftest", [selftest, "small" if dry_run else "check", schedule], 120),
         Stage("torch-checks", [PYTHON, "-m", "benchmarks.gpu_check.torch_checks", *dry], 60),
         Stage("benchmark", bench, 220),

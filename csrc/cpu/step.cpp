@@ -141,9 +141,8 @@ void clock(fs_call& call) {
   for (int64_t i = 0; i < call.num_tensors; ++i) advance_tensor(call, i, grad_scale, clip);
 }
 
-// From memory, of which nothing has been asked for ahead where a unit begins: half of each thread's share of the
-// elements that are left, so that units are long, and the last ones short, for which the other threads wait
-// (docs/measured.md).
+// Where a unit begins, nothing has been asked for ahead, so from memory units are long: half of each thread's share of
+// the elements that are left. The last ones are short, so that no thread waits long for another (docs/measured.md).
 int64_t length_from_memory(int64_t num_left, int32_t num_threads) {
   const int64_t units = num_left / (2 * int64_t{std::max(num_threads, 1)}) / kUnitLength;
   return kUnitLength * std::clamp<int64_t>(units, 1, kMostUnitsInOne);

@@ -26,9 +26,9 @@ struct WorkUnits {
   int64_t num_chunks = 0;
 };
 
-// unit_length(before): about how many elements a unit has that begins after so many of the call, a multiple of
-// chunk_length. A tensor begins a new chunk; empty ones have none. The units are the calling thread's, until its next
-// call: a steady step allocates nothing.
+// unit_length(before): about how many elements a unit has that begins after so many of the call (one of several tensors
+// ends where it would have more than one that begins there), a multiple of chunk_length. A tensor begins a new chunk;
+// empty ones have none. The units are the calling thread's, until its next call: a steady step allocates nothing.
 template <class UnitLength>
 const WorkUnits& work_units(const fs_call& call, const UnitLength& unit_length, int64_t chunk_length) {
   thread_local WorkUnits work;
