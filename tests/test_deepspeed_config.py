@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from example_programs import run_program
 
 from fused_sched import FusedScheduledAdam, ScheduleWarning, schedules
 from fused_sched.deepspeed import optimizer_from_config, schedule_from_config
 
-ROOT = Path(__file__).resolve().parents[1]
 WARMUP = {"type": "WarmupLR", "params": {"warmup_min_lr": 0.001, "warmup_max_lr": 0.01, "warmup_num_steps": 100}}
 ADAM = {"type": "Adam", "params": {"lr": 0.1}}
 
@@ -300,18 +298,7 @@ def test_a_configuration_without_a_scheduler_has_no_schedule() -> None:
 
 
 def test_the_example_trains(tmp_path: Path) -> None:
-    example = [sys.executable, str(ROOT / "examples" / "deepspeed_config.py")]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # it may not be installed
-    done = subprocess.run(
-        example,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    lines = done.stdout.splitlines()
+    lines = run_program("deepspeed_config.py", folder=tmp_path).splitlines()
     assert lines[0] == "Learning rate after warm-up: 0.01"
     assert re.fullmatch(r"Loss: \d+\.\d+", lines[1])
     assert lines[2] == "Training step completed"

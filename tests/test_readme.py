@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import os
 import pkgutil
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Backend
+from example_programs import run_program
 
 import fused_sched
 from fused_sched import FusedScheduledAdam, schedules
@@ -88,21 +86,11 @@ def test_the_demo_reaches_its_accuracy(device: str, tmp_path: Path, get_backend:
     if get_backend(device).name == "cuda":
         for package in ("matplotlib", "rich", "sklearn"):  # which its machine may not have
             pytest.importorskip(package)
-    demo = [sys.executable, str(ROOT / "examples" / "digits.py"), "--device", device, "--output", str(tmp_path)]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # it may not be installed
-    done = subprocess.run(
-        demo,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    accuracy = re.search(r"test accuracy\D+([\d.]+)%", done.stdout)
+    printed = run_program("digits.py", "--device", device, "--output", str(tmp_path), folder=tmp_path)
+    accuracy = re.search(r"test accuracy\D+([\d.]+)%", printed)
     assert accuracy is not None
     assert float(accuracy[1]) >= 97.0
-    rates = re.search(r"difference of a learning rate: (\S+)", done.stdout)
+    rates = re.search(r"difference of a learning rate: (\S+)", printed)
     assert rates is not None
     assert float(rates[1]) <= 5e-3 * 2.0**-51  # two ulp of the peak: libm's cosine against the core's
     assert (tmp_path / "digits.png").stat().st_size > 10_000
